@@ -1,0 +1,54 @@
+"""Post-block activation steering as an ordinary part of the Hugging Face training stack.
+
+Importing this package is light: public names load on first use. It also makes sure that our PEFT types are registered
+as soon as `peft` is there, so that `import trl_steer` is enough for `PeftModel.from_pretrained` to know our folders.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+from trl_steer import autoload
+
+if TYPE_CHECKING:
+    from trl_steer.tuners.post_block_steering import (
+        PostBlockSteeringConfig,
+        PostBlockSteeringModel,
+        adapter_scaling,
+        hotswap_adapter,
+        set_scaling,
+        steering_operator,
+    )
+
+__version__ = importlib.metadata.version("trl-steer")
+
+_PUBLIC = {
+    "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
+    "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
+    "adapter_scaling": "trl_steer.tuners.post_block_steering",
+    "hotswap_adapter": "trl_steer.tuners.post_block_steering",
+    "set_scaling": "trl_steer.tuners.post_block_steering",
+    "steering_operator": "trl_steer.tuners.post_block_steering",
+}
+
+__all__ = [
+    "PostBlockSteeringConfig",
+    "PostBlockSteeringModel",
+    "__version__",
+    "adapter_scaling",
+    "hotswap_adapter",
+    "set_scaling",
+    "steering_operator",
+]
+
+autoload.install()
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

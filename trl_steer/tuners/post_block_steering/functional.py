@@ -1,0 +1,110 @@
+"""What can be done to the steering adapters of any model, whether a `PeftModel` or one with injected adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftConfig, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import nn
+
+from .layer import PostBlockSteeringLayer, SteeringAdapter
+
+
+def set_scaling(model: nn.Module, adapter_name: str, value: float) -> None:
+    """
+    Sets the strength of an adapter. Saved with the adapter from then on.
+
+    Args:
+        model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
+        adapter_name (`str`): The adapter.
+        value (`float`): The new `scaling`. 0 is the base model, 1 what was trained, negative steers away.
+
+    Raises:
+        ValueError: There is no such adapter, it is merged, or `value` is not finite.
+        TypeError: `value` is not a number.
+    """
+    adapters = _adapters(model, adapter_name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scaling must be a number, got {value!r} of type {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"scaling must be finite, got {value}.")
+    if any(adapter_name in layer.merged_adapters for layer in _layers(model)):
+        raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before setting its scaling.")
+    for adapter in adapters:
+        adapter.scaling = float(value)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        config.scaling = float(value)
+
+
+@contextmanager
+def adapter_scaling(model: nn.Module, adapter_name: str, value: float) -> Iterator[None]:
+    """
+    Sets the strength of an adapter for a `with` block. See [`set_scaling`].
+
+    Example:
+
+        ```py
+        >>> with adapter_scaling(model, "default", 0.5):
+        ...     model.generate(**inputs)
+        ```
+    """
+    before = _adapters(model, adapter_name)[0].scaling
+    set_scaling(model, adapter_name, value)
+    try:
+        yield
+    finally:
+        set_scaling(model, adapter_name, before)
+
+
+def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs) -> None:
+    """
+    Replaces the weights of a loaded adapter by those of another folder, in place, so compiled code stays valid.
+
+    Args:
+        model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
+        path (`str` or `Path`): Adapter folder or Hub id.
+        adapter_name (`str`, defaults to `"default"`): The adapter to replace.
+        kwargs: Passed on to PEFT's download of the folder (`revision`, `token`, ...).
+
+    Raises:
+        ValueError:
+            There is no such adapter, or the other one has another form, rank, activation or set of blocks, or broken
+            weights. Nothing has changed then.
+    """
+    adapters = _adapters(model, adapter_name)
+    current = model.peft_config[adapter_name]
+    new = PeftConfig.from_pretrained(str(path), **kwargs)
+    for field in ("peft_type", "steering_type", "r", "activation"):
+        ours, theirs = getattr(current, field, None), getattr(new, field, None)
+        if ours != theirs and not (field == "r" and current.steering_type == "vector"):
+            raise ValueError(
+                f"{path} cannot replace adapter {adapter_name!r}: its {field} is {theirs!r} and {ours!r} is loaded. "
+                "Load it as a further adapter with `load_adapter` instead."
+            )
+    if any(adapter_name in layer.merged_adapters for layer in _layers(model)):
+        raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before replacing it.")
+    device = next(adapters[0].parameters()).device
+    set_peft_model_state_dict(model, load_peft_weights(str(path), device=str(device), **kwargs), adapter_name)
+    for adapter in adapters:
+        if hasattr(adapter, "dropout"):
+            adapter.dropout = new.dropout
+    current.dropout = new.dropout
+    set_scaling(model, adapter_name, new.scaling)
+
+
+def _layers(model: nn.Module) -> list[PostBlockSteeringLayer]:
+    return [module for module in model.modules() if isinstance(module, PostBlockSteeringLayer)]
+
+
+def _adapters(model: nn.Module, adapter_name: str) -> list[SteeringAdapter]:
+    layers = _layers(model)
+    adapters = [layer.steering_adapter[adapter_name] for layer in layers if adapter_name in layer.steering_adapter]
+    if not adapters:
+        known = sorted({name for layer in layers for name in layer.steering_adapter})
+        raise ValueError(f"There is no steering adapter {adapter_name!r} in this model; it has {known}.")
+    return adapters  # type: ignore[return-value]

@@ -1,0 +1,271 @@
+"""The tuner: puts steering layers into blocks, and takes them out again."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..blocks import BlockMatcher, hidden_size
+from .config import PostBlockSteeringConfig
+from .functional import adapter_scaling, set_scaling
+from .layer import LAYER_NAME, LowRankAdapter, PostBlockSteeringLayer, VectorAdapter
+from .loading import check_adapter_tensors
+from .merging import fold
+
+
+class PostBlockSteeringModel(BaseTuner):
+    """
+    Adds a small learned update to the output of every transformer block of a frozen model.
+
+    Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.1.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to steer.
+        config ([`PostBlockSteeringConfig`]): The configuration.
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty weights on the meta device, to be loaded into.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from trl_steer import PostBlockSteeringConfig
+
+        >>> base = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
+        >>> model = get_peft_model(base, PostBlockSteeringConfig(r=8, task_type="CAUSAL_LM"))
+        >>> model.print_trainable_parameters()
+        ```
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be steered.
+        - **peft_config** (`dict[str, PostBlockSteeringConfig]`) -- The configuration of each adapter.
+    """
+
+    prefix: str = "steering_"
+    tuner_layer_cls = PostBlockSteeringLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    _matcher: BlockMatcher | None = None
+
+    # Injection
+
+    def _prepare_adapter_config(self, peft_config: PostBlockSteeringConfig, model_config: dict):
+        return peft_config  # `target_modules=None` stays, and means all blocks of whatever model this is loaded on
+
+    def _prepare_model(self, peft_config: PostBlockSteeringConfig, model: nn.Module) -> None:
+        self._matcher = BlockMatcher(model, peft_config)
+
+    def _check_target_module_exists(self, peft_config: PostBlockSteeringConfig, key: str):  # type: ignore[override]
+        if self._matcher is None or self._matcher.config is not peft_config:
+            self._matcher = BlockMatcher(self.model, peft_config)
+        return self._matcher(key)
+
+    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
+        if state_dict is not None:
+            # PEFT cuts a key before the prefix and takes what is left for the name of the target.
+            marker = f".{LAYER_NAME}.{self.prefix}"
+            state_dict = {
+                key.removeprefix("base_model.model.").replace(marker, f".{self.prefix}"): tensor
+                for key, tensor in state_dict.items()
+            }
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        layer = getattr(target, LAYER_NAME, None)
+        if layer is None:
+            layer = PostBlockSteeringLayer(target, hidden_size(self.model))
+            layer.train(target.training)
+            target.add_module(LAYER_NAME, layer)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.steering_adapter[adapter_name].requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # The only method of a tuner that PEFT calls after it has dispatched a model over devices.
+        for layer in self._layers():
+            layer.move_to_execution_device(adapter_name)
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_tensors(model, adapter_name, tensors)
+        return tensors
+
+    # Strength
+
+    def set_scaling(self, adapter_name: str, value: float) -> None:
+        """Sets the strength of an adapter, see [`trl_steer.set_scaling`]."""
+        set_scaling(self, adapter_name, value)
+
+    def adapter_scaling(self, adapter_name: str, value: float) -> AbstractContextManager[None]:
+        """Sets the strength of an adapter for a `with` block, see [`trl_steer.adapter_scaling`]."""
+        return adapter_scaling(self, adapter_name, value)
+
+    # Several adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        # `generate` repeats each row for its beams or its sequences.
+        repeats = max(_generation_argument(kwargs, name) for name in ("num_beams", "num_return_sequences"))
+        adapter_names = [name for name in adapter_names for _ in range(repeats)]
+
+        def pass_adapter_names(module, args, kwargs, adapter_names):
+            return args, {**kwargs, "adapter_names": adapter_names}
+
+        handles = [
+            module.register_forward_pre_hook(partial(pass_adapter_names, adapter_names=adapter_names), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (PostBlockSteeringLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        if adapter_name in active:
+            # Layers choose a new active adapter among their own, which differ where adapters sit on different blocks.
+            remaining = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
+            self.set_adapter(remaining)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """
+        Adds an adapter whose update is exactly the weighted sum of the updates of others: vectors add, low-rank
+        factors concatenate (so ranks add too, and all must have the same activation).
+
+        Args:
+            adapters (`list[str]`): Names of adapters, all low-rank or all vectors.
+            weights (`list[float]`): A weight for each, negative ones included.
+            adapter_name (`str`): Name of the new adapter. It is not made active.
+            combination_type (`str`, defaults to `"cat"`):
+                `"cat"` or `"linear"`, PEFT's names; both mean the exact sum here.
+
+        Raises:
+            ValueError: An adapter does not exist, the new one does, or they cannot be summed exactly.
+        """
+        configs = self._check_weighted(adapters, weights, adapter_name, combination_type)
+        vector = configs[0].steering_type == "vector"
+        summands = {
+            name: [
+                (weight * layer.steering_adapter[adapter].scaling, layer.steering_adapter[adapter])
+                for adapter, weight in zip(adapters, weights, strict=True)
+                if adapter in layer.steering_adapter
+            ]
+            for name, layer in self._named_layers()
+        }
+        blocks = sorted(name.removesuffix(f".{LAYER_NAME}") for name, parts in summands.items() if parts)
+        config = copy.deepcopy(configs[0])
+        config.scaling = 1.0
+        config.r = configs[0].r if vector else sum(config.r for config in configs)
+        config.target_modules, config.exclude_modules, config.layers_to_transform = set(blocks), None, None
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name, layer in self._named_layers():
+            if summands.get(name):
+                _write_sum(layer.steering_adapter[adapter_name], summands[name])
+        self._cast_adapter_dtype(adapter_name)
+
+    def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> list[PostBlockSteeringConfig]:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"Give a weight for each adapter: got {len(adapters)} adapters, {len(weights)} weights.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+        if combination_type not in ("cat", "linear"):
+            raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")
+        configs = [self.peft_config[name] for name in adapters]
+        for field in ("steering_type", "activation"):
+            values = {name: getattr(self.peft_config[name], field) for name in adapters}
+            if len(set(values.values())) > 1:
+                raise ValueError(f"Adapters of different {field} have no exact sum: {values}.")
+        if any(config.modules_to_save or config.trainable_token_indices for config in configs):
+            raise ValueError(
+                "add_weighted_adapter is not supported for adapters with `modules_to_save` or "
+                "`trainable_token_indices`."
+            )
+        return configs
+
+    # Merging and unloading
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Folds steering vectors into biases of the base model, where that is exact; see `merging.py`.
+
+        Raises:
+            ValueError: That is not possible. The message says why and what to do instead; nothing has changed.
+        """
+        self._check_merge_allowed()
+        fold(self, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        for layer in self._layers():
+            layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        else:
+            self.unmerge_adapter()
+        for layer in list(self._layers()):
+            layer.remove()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _named_layers(self):
+        return [(n, m) for n, m in self.model.named_modules() if isinstance(m, PostBlockSteeringLayer)]
+
+    def _layers(self) -> list[PostBlockSteeringLayer]:
+        return [layer for _, layer in self._named_layers()]
+
+
+def _generation_argument(kwargs: dict, name: str) -> int:
+    value = kwargs.get(name, getattr(kwargs.get("generation_config"), name, None))
+    return value if isinstance(value, int) else 1
+
+
+@torch.no_grad()
+def _write_sum(adapter: LowRankAdapter | VectorAdapter, summands: list) -> None:
+    """Writes the sum of `(weight, adapter)` pairs. A block that some do not steer has rank left over, kept at zero."""
+    if isinstance(adapter, VectorAdapter):
+        adapter.vector.copy_(sum(weight * part.vector for weight, part in summands))
+        return
+    adapter.down.zero_()
+    adapter.up.zero_()
+    first = 0
+    for weight, part in summands:
+        last = first + len(part.down)
+        adapter.down[first:last] = part.down
+        adapter.up[:, first:last] = weight * part.up
+        first = last

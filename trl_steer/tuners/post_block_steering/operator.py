@@ -1,0 +1,158 @@
+"""The low-rank update as an operator on tensors, in two forms of equal standing.
+
+Both compute `h + scaling * dropout(act(h @ down.T)) @ up.T`.
+
+- `"memory_efficient"` (the default) is an autograd function that keeps its **output** and the r-dimensional `z`, not
+  its input. The next layer keeps that output anyway, so autograd holds no second copy of the residual stream, also
+  under gradient checkpointing, where transformers checkpoints a block's `forward` and leaves its hooks outside. `h` is
+  never formed again: `dL/d down = dz^T h = dz^T h' - scaling * (dz^T a) up^T`. In 16-bit formats that subtraction is
+  as good as the plain form while the update is no larger than `h`, and worse beyond.
+- `"plain"` is ordinary PyTorch. It supports double backward, and is what `torch.compile` and `torch.export` trace.
+
+[`steering_operator`] is the one switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+OPERATORS = ("memory_efficient", "plain")
+_current = "memory_efficient"
+
+
+class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
+    """Chooses how low-rank steering is computed, from here on or for a `with` block.
+
+    Args:
+        name (`str`): `"memory_efficient"` or `"plain"`, see the module's documentation.
+
+    Raises:
+        ValueError: `name` is neither.
+
+    Example:
+
+        ```py
+        >>> steering_operator("plain")  # from here on
+        >>> with steering_operator("memory_efficient"):
+        ...     loss.backward()
+        ```
+    """
+
+    def __init__(self, name: str):
+        global _current
+        if name not in OPERATORS:
+            raise ValueError(f"There is no steering operator {name!r}; use one of {OPERATORS}.")
+        self.previous = _current
+        _current = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        global _current
+        _current = self.previous
+
+
+def low_rank_update(
+    h: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    dropout: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`residual + scaling * dropout(activation(h @ down.T)) @ up.T`, where `residual` is `h` unless given.
+
+    The update is computed in the wider of the dtypes of `h` and the factors, or in autocast's where that is on, and
+    added in the dtype of `h`. Autocast itself is off inside, so both forms round in the same places.
+
+    Args:
+        h (`torch.Tensor`): (..., d), floating point.
+        down (`torch.Tensor`): (r, d).
+        up (`torch.Tensor`): (d, r).
+        scaling (`float`): Strength of the update.
+        activation (`Callable`, *optional*): Elementwise function of the (..., r) bottleneck; `None` is the identity.
+        dropout (`float`, defaults to `0.0`): Dropout probability; pass 0 in evaluation mode.
+        residual (`torch.Tensor`, *optional*):
+            (..., d), what the update is added to when several adapters read the same `h`. Always the plain form.
+
+    Returns:
+        `torch.Tensor`: (..., d), dtype and device of `h`, never one of the inputs.
+    """
+    if torch.is_autocast_enabled(h.device.type):
+        dtype = torch.get_autocast_dtype(h.device.type)
+        with torch.autocast(h.device.type, enabled=False):
+            return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
+    dtype = torch.promote_types(h.dtype, down.dtype)
+    return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
+
+
+def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype):
+    saves_output = residual is None and torch.is_grad_enabled() and _current == "memory_efficient"
+    if saves_output and not torch.compiler.is_compiling():
+        return _MemoryEfficientUpdate.apply(h, down, up, scaling, activation, dropout, dtype)
+    z = F.linear(h.to(dtype), down.to(dtype))
+    a = _bottleneck(z, activation, _dropout_mask(z, dropout))
+    return _add_update(h if residual is None else residual, a, up.to(dtype), scaling)
+
+
+class _MemoryEfficientUpdate(torch.autograd.Function):
+    """Keeps the output and `z` (r wide). Matrices are flattened to two dimensions, tokens by features."""
+
+    @staticmethod
+    def forward(ctx, h, down, up, scaling, activation, dropout, dtype):
+        z = F.linear(h.to(dtype), down.to(dtype))
+        mask = _dropout_mask(z, dropout)
+        output = _add_update(h, _bottleneck(z, activation, mask), up.to(dtype), scaling)
+        ctx.save_for_backward(output if ctx.needs_input_grad[1] else None, z, mask, down, up)
+        ctx.scaling, ctx.activation = scaling, activation
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        output, z, mask, down, up = ctx.saved_tensors
+        needs_h, needs_down, needs_up = ctx.needs_input_grad[:3]
+        dtype, scaling = z.dtype, ctx.scaling
+        up_ = up.to(dtype)
+        grad = grad_output.to(dtype).flatten(0, -2)
+        grad_a = scaling * (grad @ up_)
+        with torch.enable_grad():
+            z = z.flatten(0, -2).detach().requires_grad_()
+            a = _bottleneck(z, ctx.activation, None if mask is None else mask.flatten(0, -2))
+        grad_z = grad_a if a is z else torch.autograd.grad(a, z, grad_a)[0]
+        a = a.detach()
+
+        grad_h = grad_down = grad_up = None
+        if needs_up:
+            grad_up = (scaling * (grad.T @ a)).to(up.dtype)
+        if needs_down:
+            # dz^T h with h = output - scaling * a up^T, without forming h
+            grad_down = grad_z.T @ output.to(dtype).flatten(0, -2)
+            grad_down = torch.addmm(grad_down, grad_z.T @ a, up_.T, alpha=-scaling).to(down.dtype)
+        if needs_h:
+            grad_h = _add_update(grad_output, grad_z.view(ctx.saved_tensors[1].shape), down.to(dtype).T, 1.0)
+        return grad_h, grad_down, grad_up, None, None, None, None
+
+
+def _bottleneck(z, activation, mask):
+    a = z if activation is None else activation(z)
+    return a if mask is None else a * mask
+
+
+def _dropout_mask(z: torch.Tensor, p: float) -> torch.Tensor | None:
+    return None if p == 0.0 else F.dropout(torch.ones_like(z), p)
+
+
+def _add_update(h: torch.Tensor, a: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`h + scaling * a @ up.T`, in one pass where the dtypes allow it."""
+    if h.dtype != a.dtype:
+        return h + (scaling * F.linear(a, up)).to(h.dtype)
+    if h.dim() == 2:
+        return torch.addmm(h, a, up.T, alpha=scaling)
+    return torch.addmm(h.flatten(0, -2), a.flatten(0, -2), up.T, alpha=scaling).view(h.shape)
