@@ -10,7 +10,6 @@ wrapped, so that registration follows the real import. `importlib.util.find_spec
 many times to see whether PEFT is there, therefore changes nothing.
 """
 
-import importlib.util
 import sys
 import warnings
 

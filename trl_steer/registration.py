@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType, register_peft_method
@@ -37,8 +38,7 @@ def _extend_peft_type(name: str) -> bool:
     """Makes `name` a real member of PEFT's closed enum. Returns whether the type is ours."""
     key = name.upper()
     if key in PeftType.__members__:
-        member = PeftType[key]
-        if not getattr(member, "_trl_steer", False):
+        if not getattr(PeftType[key], "_trl_steer", False):
             warnings.warn(
                 f"PEFT has a method of its own called {key}; trl_steer leaves it in place and does not register its "
                 "own. Pin an older PEFT to load adapters that were trained with trl_steer.",
@@ -46,7 +46,7 @@ def _extend_peft_type(name: str) -> bool:
             )
             return False
         return True
-    member = str.__new__(PeftType, key)
+    member: Any = str.__new__(PeftType, key)
     member._name_ = member._value_ = key
     member._sort_order_ = len(PeftType)
     member.__objclass__ = PeftType

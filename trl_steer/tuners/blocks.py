@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 
 def text_config(model: nn.Module):
     """The configuration of the text decoder, or `None` if `model` has no transformers configuration."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
@@ -53,7 +54,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{name}.{index}" for index in range(len(blocks))]
 
 
-def _candidate_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
     count = getattr(text_config(model), "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), None)

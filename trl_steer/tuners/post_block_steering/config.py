@@ -20,7 +20,7 @@ class PostBlockSteeringConfig(PeftConfig):
     r"""
     Configuration of a [`PostBlockSteeringModel`]: a small learned update to the output of every transformer block.
 
-    With `h` of shape (batch, sequence, d) the output of a block after its last residual addition, the steered output is
+    With `h` (batch, sequence, d) the output of a block after its last residual addition, the steered output is
 
     - `"low_rank"`: `h + scaling * act(h @ W_down.T) @ W_up.T`, `W_down` (r, d), `W_up` (d, r);
     - `"vector"`: `h + scaling * v`, `v` (d,).
@@ -97,7 +97,7 @@ class PostBlockSteeringConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.POST_BLOCK_STEERING
+        self.peft_type = PeftType["POST_BLOCK_STEERING"]  # ours, see trl_steer.registration
         self._check_update()
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
@@ -61,7 +62,7 @@ def adapter_scaling(model: nn.Module, adapter_name: str, value: float) -> Iterat
         set_scaling(model, adapter_name, before)
 
 
-def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs) -> None:
+def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default", **kwargs) -> None:
     """
     Replaces the weights of a loaded adapter by those of another folder, in place, so compiled code stays valid.
 
@@ -78,7 +79,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     """
     adapters = _adapters(model, adapter_name)
     current = model.peft_config[adapter_name]
-    new = PeftConfig.from_pretrained(str(path), **kwargs)
+    new: Any = PeftConfig.from_pretrained(str(path), **kwargs)
     for field in ("peft_type", "steering_type", "r", "activation"):
         ours, theirs = getattr(current, field, None), getattr(new, field, None)
         if ours != theirs and not (field == "r" and current.steering_type == "vector"):
@@ -103,8 +104,10 @@ def _layers(model: nn.Module) -> list[PostBlockSteeringLayer]:
 
 def _adapters(model: nn.Module, adapter_name: str) -> list[SteeringAdapter]:
     layers = _layers(model)
-    adapters = [layer.steering_adapter[adapter_name] for layer in layers if adapter_name in layer.steering_adapter]
+    adapters: list[Any] = [
+        layer.steering_adapter[adapter_name] for layer in layers if adapter_name in layer.steering_adapter
+    ]
     if not adapters:
         known = sorted({name for layer in layers for name in layer.steering_adapter})
         raise ValueError(f"There is no steering adapter {adapter_name!r} in this model; it has {known}.")
-    return adapters  # type: ignore[return-value]
+    return adapters

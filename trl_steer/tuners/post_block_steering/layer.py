@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -131,7 +132,7 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
         self.steering_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         # The module whose bias took the merged vectors, and that bias before.
-        self.folded: tuple[nn.Module, torch.Tensor] | None = None
+        self.folded: tuple[Any, torch.Tensor] | None = None
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         # In a tuple, because a module attribute would make the block a child of its own child.
@@ -179,7 +180,7 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
 
     def _forward_per_sample(self, hidden: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter` first.")
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter()`.")
         if len(adapter_names) != len(hidden):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -191,14 +192,13 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
             steered[rows] = self.steering_adapter[name](hidden[rows])
         return steered
 
-    def _steer(self, block: nn.Module, args: tuple, output):
-        """The forward hook: the block's output with its hidden state replaced. The output itself is not written to."""
+    def _steer(self, block: nn.Module, args: tuple, output: Any):
+        """The forward hook: the block's output with its hidden state replaced, out of place."""
         if isinstance(output, torch.Tensor):
             return self(output)
         if isinstance(output, tuple):
-            if hasattr(output, "_fields"):
-                return output._replace(**{output._fields[0]: self(output[0])})
-            return (self(output[0]), *output[1:])
+            steered = (self(output[0]), *output[1:])
+            return type(output)(*steered) if hasattr(output, "_fields") else steered  # namedtuples stay what they are
         if isinstance(output, list):
             return [self(output[0]), *output[1:]]
         if isinstance(output, dict):

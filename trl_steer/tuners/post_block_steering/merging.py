@@ -8,6 +8,8 @@ The low-rank update also multiplies the skip path, so it folds into no weight at
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
@@ -18,6 +20,7 @@ from .layer import PostBlockSteeringLayer
 # How far a block's response to a bias may be from the bias itself, relative to the size of the output: rounding only.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 5e-2
+_PROBE_TOKENS = 32
 
 
 def fold(tuner, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -35,21 +38,21 @@ def fold(tuner, adapter_names: list[str] | None = None, safe_merge: bool = False
     }
     sites = _find_sites(tuner, layers)
     folded = {}
-    for name, layer in layers.items():
-        to_merge = [adapter for adapter in check_adapters_to_merge(layer, names) if adapter in layer.steering_adapter]
-        bias = sites[name].bias
+    for site, layer in layers.items():
+        to_merge = [name for name in check_adapters_to_merge(layer, names) if name in layer.steering_adapter]
+        bias = sites[site].bias
         total = bias.data.float()
         for adapter in to_merge:
-            steering = layer.steering_adapter[adapter]
+            steering: Any = layer.steering_adapter[adapter]
             total = total + (steering.scaling * steering.vector.data.float()).to(total.device)
         if safe_merge and not torch.isfinite(total).all():
-            raise ValueError(f"The vectors {to_merge} of {name} hold NaN or infinite values. Nothing was merged.")
-        folded[name] = (to_merge, total.to(bias.dtype))
-    for name, (to_merge, bias) in folded.items():
-        layer = layers[name]
+            raise ValueError(f"The vectors {to_merge} of {site} hold NaN or infinite values. Nothing was merged.")
+        folded[site] = (to_merge, total.to(bias.dtype))
+    for site, (to_merge, bias) in folded.items():
+        layer = layers[site]
         if layer.folded is None:
-            layer.folded = (sites[name], sites[name].bias.data.clone())
-        sites[name].bias.data = bias
+            layer.folded = (sites[site], sites[site].bias.data.clone())
+        sites[site].bias.data = bias
         layer.merged_adapters.extend(to_merge)
 
 
@@ -78,17 +81,22 @@ def _check_are_vectors(tuner, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, nn.Module]:
+def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, Any]:
     """For each layer, the module whose bias is the same as adding to the block's output."""
     model, was_training = tuner.model, tuner.model.training
     calls: dict[str, tuple] = {}
-    last_linear: dict[str, nn.Module] = {}
+    last_linear: dict[str, Any] = {}
 
     def remember_call(name):
         return lambda module, args, kwargs: calls.__setitem__(name, (args, kwargs))
 
     def remember_linear(name):
-        return lambda module, args, output: last_linear.__setitem__(name, module)
+        def hook(module, args, output):
+            # An expert that sees only some of the tokens is not a candidate.
+            if output.numel() == _PROBE_TOKENS * layers[name].hidden_size:
+                last_linear[name] = module
+
+        return hook
 
     handles = []
     for name, layer in layers.items():
@@ -103,7 +111,7 @@ def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, n
         for layer in enabled:
             layer._disable_adapters = True
         embeddings = model.get_input_embeddings()
-        tokens = torch.arange(4, device=embeddings.weight.device).remainder(embeddings.num_embeddings)
+        tokens = torch.arange(_PROBE_TOKENS, device=embeddings.weight.device).remainder(embeddings.num_embeddings)
         model(input_ids=tokens[None], use_cache=False)
         for handle in handles:
             handle.remove()
@@ -118,11 +126,11 @@ def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, n
     return last_linear
 
 
-def _out_features(module: nn.Module) -> int:
+def _out_features(module: Any) -> int:
     return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
-def _check_site(name: str, block: nn.Module, linear: nn.Module | None, call: tuple, config) -> None:
+def _check_site(name: str, block: nn.Module, linear: Any, call: tuple, config) -> None:
     block_name = name.rpartition(".")[0]
     if linear is None or linear.bias is None:
         hint = (

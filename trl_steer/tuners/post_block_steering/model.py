@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -61,12 +62,14 @@ class PostBlockSteeringModel(BaseTuner):
     def _prepare_model(self, peft_config: PostBlockSteeringConfig, model: nn.Module) -> None:
         self._matcher = BlockMatcher(model, peft_config)
 
-    def _check_target_module_exists(self, peft_config: PostBlockSteeringConfig, key: str):  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PostBlockSteeringConfig, key: str):
         if self._matcher is None or self._matcher.config is not peft_config:
             self._matcher = BlockMatcher(self.model, peft_config)
         return self._matcher(key)
 
-    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
+    def inject_adapter(
+        self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
+    ):
         if state_dict is not None:
             # PEFT cuts a key before the prefix and takes what is left for the name of the target.
             marker = f".{LAYER_NAME}.{self.prefix}"
@@ -133,7 +136,9 @@ class PostBlockSteeringModel(BaseTuner):
             return args, {**kwargs, "adapter_names": adapter_names}
 
         handles = [
-            module.register_forward_pre_hook(partial(pass_adapter_names, adapter_names=adapter_names), with_kwargs=True)
+            module.register_forward_pre_hook(
+                partial(pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
+            )
             for module in self.modules()
             if isinstance(module, (PostBlockSteeringLayer, AuxiliaryTrainingWrapper))
         ]
@@ -194,7 +199,7 @@ class PostBlockSteeringModel(BaseTuner):
                 _write_sum(layer.steering_adapter[adapter_name], summands[name])
         self._cast_adapter_dtype(adapter_name)
 
-    def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> list[PostBlockSteeringConfig]:
+    def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> list[Any]:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if not adapters or len(adapters) != len(weights):
@@ -204,7 +209,7 @@ class PostBlockSteeringModel(BaseTuner):
                 raise ValueError(f"Adapter {name} does not exist")
         if combination_type not in ("cat", "linear"):
             raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")
-        configs = [self.peft_config[name] for name in adapters]
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
         for field in ("steering_type", "activation"):
             values = {name: getattr(self.peft_config[name], field) for name in adapters}
             if len(set(values.values())) > 1:
@@ -234,7 +239,7 @@ class PostBlockSteeringModel(BaseTuner):
 
     def _unload_and_optionally_merge(
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         else:
