@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from trl_steer import autoload
 
 if TYPE_CHECKING:
+    from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
+    from trl_steer.tuners.joint_steering import JointSteeringConfig, JointSteeringModel
     from trl_steer.tuners.post_block_steering import (
         PostBlockSteeringConfig,
         PostBlockSteeringModel,
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 __version__ = importlib.metadata.version("trl-steer")
 
 _PUBLIC = {
+    "JointOrthSFTConfig": "trl_steer.trainers",
+    "JointOrthSFTTrainer": "trl_steer.trainers",
+    "JointSteeringConfig": "trl_steer.tuners.joint_steering",
+    "JointSteeringModel": "trl_steer.tuners.joint_steering",
     "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
     "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
     "adapter_scaling": "trl_steer.tuners.post_block_steering",
@@ -32,6 +38,10 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "JointOrthSFTConfig",
+    "JointOrthSFTTrainer",
+    "JointSteeringConfig",
+    "JointSteeringModel",
     "PostBlockSteeringConfig",
     "PostBlockSteeringModel",
     "__version__",

@@ -1,9 +1,11 @@
 """Registers our PEFT types when `peft` is imported, by whichever program imports it.
 
 PEFT has no plugin interface. So that stock programs (`lm_eval`, `trl`, a notebook) load our adapter folders without
-importing us, the installed package carries `trl_steer_autoload.pth`. Its one line puts a finder on `sys.meta_path`
-that costs one string comparison for every import and calls [`find_spec`] below for `peft` alone, unless the environment
-variable `TRL_STEER_NO_AUTOLOAD=1` turns it off.
+importing us, the installed package carries `trl_steer_autoload.pth`. Its one line runs at every start of the
+interpreter, twice in a virtual environment, so it is written to compile fast: it puts a finder on `sys.meta_path` that
+compares one string for every import, and holds what to do for `peft` alone as source code, not compiled before. That
+is to import this module, which puts itself next to that finder, unless the environment variable
+`TRL_STEER_NO_AUTOLOAD=1` says not to.
 
 The spec that is returned is the one that every other finder would have given; only its loader's `exec_module` is
 wrapped, so that registration follows the real import. `importlib.util.find_spec("peft")`, which transformers calls
@@ -18,12 +20,12 @@ def find_spec(name, path=None, target=None):
     """A `sys.meta_path` finder for `peft`: what the other finders say, with registration after `exec_module`."""
     if name != "peft":
         return None
-    for finder in sys.meta_path:
-        if finder is sys.modules[__name__] or getattr(finder, "__name__", "") == "TrlSteerAutoload":
+    for finder in list(sys.meta_path):
+        if finder is sys.modules[__name__]:
             continue
         spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
         if spec is not None:
-            if spec.loader is not None:
+            if hasattr(spec.loader, "exec_module"):
                 _register_after_exec(spec.loader)
             return spec
     return None
@@ -31,10 +33,13 @@ def find_spec(name, path=None, target=None):
 
 def install() -> None:
     """Registers now if `peft` is imported, and as soon as it is otherwise. Does nothing the second time."""
+    ours = sys.modules[__name__]
     if _is_imported("peft"):
         _register()
-    elif sys.modules[__name__] not in sys.meta_path:
-        sys.meta_path.insert(0, sys.modules[__name__])
+    elif ours not in sys.meta_path:
+        names = [getattr(finder, "__name__", "") for finder in sys.meta_path]
+        # Directly after the finder of the .pth file: the search that has called it comes to us next.
+        sys.meta_path.insert(names.index("TrlSteerAutoload") + 1 if "TrlSteerAutoload" in names else 0, ours)
 
 
 def _register_after_exec(loader) -> None:
@@ -42,9 +47,14 @@ def _register_after_exec(loader) -> None:
 
     def exec_module_and_register(module):
         exec_module(module)
-        _register()
+        # One loader can serve many modules: that of a zip file does.
+        if module.__name__ == "peft":
+            _register()
 
-    loader.exec_module = exec_module_and_register
+    try:
+        loader.exec_module = exec_module_and_register
+    except (AttributeError, TypeError) as error:  # a loader without a `__dict__`
+        _warn(error)
 
 
 def _register() -> None:
@@ -54,12 +64,18 @@ def _register() -> None:
 
         register_peft_types()
     except Exception as error:
-        warnings.warn(
-            f"trl_steer could not register its PEFT types ({type(error).__name__}: {error}); adapters of these types "
-            "will not load. Set TRL_STEER_NO_AUTOLOAD=1 to silence this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        # Another thread is importing our tuners, and waits for PEFT, which this one is importing. It will register.
+        if type(error).__name__ != "_DeadlockError":
+            _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"trl_steer could not register its PEFT types ({type(error).__name__}: {error}); adapters of these types "
+        "will not load. Set TRL_STEER_NO_AUTOLOAD=1 to silence this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _is_imported(name: str) -> bool:

@@ -10,8 +10,12 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# What `torch.compile` puts before all names of a module. PEFT drops it in some places and not in others.
+_COMPILED = "_orig_mod."
 
 
 def text_config(model: nn.Module):
@@ -57,6 +61,8 @@ def find_blocks(model: nn.Module) -> list[str]:
 def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
     count = getattr(text_config(model), "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not _outermost_lists(decoder):
+        decoder = model  # ModernBERT calls its output layer `decoder`
     prefix = next((name for name, module in model.named_modules() if module is decoder), None)
     if count is None or prefix is None:
         return {}
@@ -74,6 +80,29 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
     return lists
+
+
+def linear_layers(block: nn.Module) -> dict[str, Any]:
+    """The linear layers of the base model in a block by name, in order, whether an adapter is wrapped around or
+    not."""
+    found = {}
+    for name, module in block.named_modules():
+        if any(isinstance(block.get_submodule(parent), BaseTunerLayer) for parent in _parents(name)):
+            continue
+        base = getattr(module, "base_layer", module) if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, (nn.Linear, Conv1D)):
+            found[name] = base
+    return found
+
+
+def out_features(linear: Any) -> int:
+    """Width of the output of a linear layer."""
+    return linear.nf if isinstance(linear, Conv1D) else linear.out_features
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 class BlockMatcher:
@@ -95,6 +124,7 @@ class BlockMatcher:
                 raise
             lists = _outermost_lists(model)
             self.blocks = [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
+        self.blocks = [name.removeprefix(_COMPILED) for name in self.blocks]
         self._known = set(self.blocks)
         self._fields = SimpleNamespace(
             target_modules=self._expand(config.target_modules),
@@ -112,10 +142,15 @@ class BlockMatcher:
 
     def __call__(self, name: str):
         """Truthy if `name` is a block to steer. PEFT's own marker, which is falsy, if it is excluded."""
+        name = name.removeprefix(_COMPILED)
         if name not in self._known:
             return False
         matched = check_target_module_exists(self._fields, name)
         return matched and (self._layers is None or block_index(name) in self._layers)
+
+    def is_block(self, name: str) -> bool:
+        """Whether `name` is a block that could be steered, meant or not."""
+        return name in self._known
 
     def _expand(self, names):
         """The name of a list of blocks stands for all of its entries."""

@@ -95,6 +95,15 @@ class PostBlockSteeringConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding matrix to train."}
     )
 
+    # Read from an adapter's folder, so the weights come from there too and none need be drawn. Not a field.
+    weights_follow = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        config = super().from_pretrained(*args, **kwargs)
+        config.weights_follow = True
+        return config
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["POST_BLOCK_STEERING"]  # ours, see trl_steer.registration

@@ -74,14 +74,14 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
 
     Raises:
         ValueError:
-            There is no such adapter, or the other one has another form, rank, activation or set of blocks, or broken
-            weights. Nothing has changed then.
+            There is no such adapter, it is merged or offloaded, or the other one has another form, rank, activation or
+            set of blocks, or broken weights. Nothing has changed then.
     """
     adapters = _adapters(model, adapter_name)
     current = model.peft_config[adapter_name]
     new: Any = PeftConfig.from_pretrained(str(path), **kwargs)
-    for field in ("peft_type", "steering_type", "r", "activation"):
-        ours, theirs = getattr(current, field, None), getattr(new, field, None)
+    for field in ("peft_type", "steering_type", "r", "activation", "modules_to_save", "trainable_token_indices"):
+        ours, theirs = _plain(getattr(current, field, None)), _plain(getattr(new, field, None))
         if ours != theirs and not (field == "r" and current.steering_type == "vector"):
             raise ValueError(
                 f"{path} cannot replace adapter {adapter_name!r}: its {field} is {theirs!r} and {ours!r} is loaded. "
@@ -90,6 +90,8 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
     if any(adapter_name in layer.merged_adapters for layer in _layers(model)):
         raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before replacing it.")
     device = next(adapters[0].parameters()).device
+    if device.type == "meta":
+        raise ValueError(f"Adapter {adapter_name!r} is offloaded, where its weights cannot be replaced.")
     set_peft_model_state_dict(model, load_peft_weights(str(path), device=str(device), **kwargs), adapter_name)
     for adapter in adapters:
         if hasattr(adapter, "dropout"):
@@ -98,16 +100,19 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
     set_scaling(model, adapter_name, new.scaling)
 
 
+def _plain(value: Any) -> Any:
+    """PEFT turns lists of names into sets here and there, which says nothing new."""
+    return sorted(value) if isinstance(value, (list, tuple, set)) else value
+
+
 def _layers(model: nn.Module) -> list[PostBlockSteeringLayer]:
     return [module for module in model.modules() if isinstance(module, PostBlockSteeringLayer)]
 
 
 def _adapters(model: nn.Module, adapter_name: str) -> list[SteeringAdapter]:
     layers = _layers(model)
-    adapters: list[Any] = [
-        layer.steering_adapter[adapter_name] for layer in layers if adapter_name in layer.steering_adapter
-    ]
+    adapters: list[Any] = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
     if not adapters:
-        known = sorted({name for layer in layers for name in layer.steering_adapter})
+        known = sorted({name for layer in layers for name in layer.adapters})
         raise ValueError(f"There is no steering adapter {adapter_name!r} in this model; it has {known}.")
     return adapters

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import ACT2FN
@@ -25,9 +26,29 @@ class SteeringAdapter(nn.Module):
 
     Attributes:
         scaling (`float`): Strength of the update.
+        created_empty (`bool`): Made without weights (`low_cpu_mem_usage`), which are still to be loaded.
+        loaded (`dict[str, torch.Tensor]`, *optional*): Weights just read, while the model is still being dispatched.
     """
 
     scaling: float
+    created_empty: bool = False
+    loaded: dict[str, torch.Tensor] | None = None
+
+    def lacks_weights(self) -> bool:
+        """Whether the weights that were to be loaded never came. Weights that are merely offloaded do not lack."""
+        return self.created_empty and next(self.parameters()).is_meta and not hasattr(self, "_hf_hook")
+
+    def stay_resident(self) -> None:
+        """Takes an adapter back that accelerate has offloaded with its block.
+
+        PEFT dispatches a model with offloaded weights once more after loading, and does not write down where on disk
+        the adapter is. It is small: it stays where its block computes.
+        """
+        loaded, self.loaded = self.loaded, None
+        hook: Any = getattr(self, "_hf_hook", None)
+        if loaded is not None and getattr(hook, "offload", False):
+            hook.weights_map = loaded  # from which removing the hook restores them
+            remove_hook_from_module(self)
 
     def reset_parameters(self, identity: bool = True) -> None:
         """Draws the weights anew; `identity` makes the update exactly zero."""
@@ -71,7 +92,13 @@ class LowRankAdapter(SteeringAdapter):
 
     def forward(self, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
-        return low_rank_update(h, self.down, self.up, self.scaling, self.activation, dropout, residual)
+        down = self.down
+        if down.is_meta and not h.is_meta:  # PyTorch's CPU matrix product would return garbage
+            raise RuntimeError(
+                "The weights of a steering adapter are offloaded and were not brought back before it ran. If the "
+                "model was dispatched with `preload_module_classes`, leave the class of the blocks out of it."
+            )
+        return low_rank_update(h, down, self.up, self.scaling, self.activation, dropout, residual)
 
     def extra_repr(self) -> str:
         r, hidden_size = self.down.shape
@@ -99,10 +126,13 @@ class VectorAdapter(SteeringAdapter):
         if identity:
             nn.init.zeros_(self.vector)
         else:
-            nn.init.normal_(self.vector, std=0.02)
+            nn.init.normal_(self.vector, std=0.2)
 
     def forward(self, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return (h if residual is None else residual) + (self.scaling * self.vector).to(h.dtype)
+        base, vector = h if residual is None else residual, self.vector
+        if vector.dtype == base.dtype:
+            return torch.add(base, vector, alpha=self.scaling)
+        return base + (self.scaling * vector).to(base.dtype)
 
     def extra_repr(self) -> str:
         return f"hidden_size={len(self.vector)}, scaling={self.scaling}"
@@ -129,7 +159,7 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
     def __init__(self, block: nn.Module, hidden_size: int):
         super().__init__()
         self.hidden_size = hidden_size
-        self.steering_adapter = nn.ModuleDict()
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
         self.merged_adapters: list[str] = []
         # The module whose bias took the merged vectors, and that bias before.
         self.folded: tuple[Any, torch.Tensor] | None = None
@@ -141,6 +171,11 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
         # steered output. A bound method: a deep copy of the model then calls the copy of this layer.
         self._hook = block.register_forward_hook(self._steer, prepend=True)
 
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters of this block by name."""
+        return self._modules[self.adapter_layer_names[0]]  # type: ignore[return-value]
+
     def get_base_layer(self) -> nn.Module:
         return self._block[0]
 
@@ -150,11 +185,12 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
         delattr(self.get_base_layer(), LAYER_NAME)
 
     def update_layer(self, adapter_name: str, config: PostBlockSteeringConfig) -> None:
-        """Adds an adapter. One that is about to be loaded starts as the identity: should loading fail, it is."""
+        """Adds an adapter. One that is about to be loaded starts as the identity: should loading fail, it stays so."""
         adapter = ADAPTERS[config.steering_type](self.hidden_size, config)
-        adapter.reset_parameters(identity=config.init_weights or config.inference_mode)
+        adapter.reset_parameters(identity=config.init_weights or config.inference_mode or config.weights_follow)
+        adapter.created_empty = next(adapter.parameters()).is_meta
         adapter.train(self.training)
-        self.steering_adapter[adapter_name] = adapter
+        self.adapters[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -172,10 +208,11 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
             return hidden
         if adapter_names is not None:
             return self._forward_per_sample(hidden, adapter_names)
+        adapters: Any = self.adapters
         steered = None
         for name in self.active_adapters:
-            if name in self.steering_adapter and name not in self.merged_adapters:
-                steered = self.steering_adapter[name](hidden, steered)
+            if name in adapters and name not in self.merged_adapters and not adapters[name].lacks_weights():
+                steered = adapters[name](hidden, steered)
         return hidden if steered is None else steered
 
     def _forward_per_sample(self, hidden: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
@@ -187,9 +224,9 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(hidden)} respectively."
             )
         steered = hidden.clone()
-        for name in sorted(set(adapter_names) & set(self.steering_adapter)):
+        for name in sorted(set(adapter_names) & set(self.adapters)):
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            steered[rows] = self.steering_adapter[name](hidden[rows])
+            steered[rows] = self.adapters[name](hidden[rows])
         return steered
 
     def _steer(self, block: nn.Module, args: tuple, output: Any):
@@ -207,8 +244,8 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
             output[key] = self(output[key])
             return output
         raise TypeError(
-            f"{type(block).__name__} returned {type(output).__name__}; a steered block must return its hidden state as "
-            "a tensor, first in a tuple or list, or in a ModelOutput."
+            f"{type(block).__name__} returned {type(output).__name__}; a steered block must return its hidden state "
+            "as a tensor, first in a tuple or list, or in a ModelOutput."
         )
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -228,18 +265,20 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
 
     def move_to_execution_device(self, adapter_name: str) -> None:
         """Moves an adapter to where its block computes now, keeping its dtype; offloaded weights are left to hooks."""
-        if adapter_name in self.steering_adapter:
-            adapter = self.steering_adapter[adapter_name]
+        if adapter_name in self.adapters:
+            adapter: Any = self.adapters[adapter_name]
+            adapter.stay_resident()
             device, _ = self._block_device_and_dtype()
             if device is not None and not any(parameter.is_meta for parameter in adapter.parameters()):
                 adapter.to(device)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name not in self.steering_adapter:
+        if adapter_name not in self.adapters:
             return
-        adapter = self.steering_adapter[adapter_name]
+        adapter: Any = self.adapters[adapter_name]
         if any(parameter.is_meta for parameter in adapter.parameters()):
             return
+        adapter.created_empty = False
         block_device, dtype = self._block_device_and_dtype()
         adapter.to(device=device if device is not None else block_device, dtype=dtype)
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import PostBlockSteeringLayer
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Keys, as in `model.state_dict()`, and parameters of one adapter."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, PostBlockSteeringLayer) and adapter_name in layer.steering_adapter:
-            for leaf, parameter in layer.steering_adapter[adapter_name].named_parameters():
-                yield f"{name}.steering_adapter.{adapter_name}.{leaf}", parameter
-
-
-def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+def check_adapter_tensors(
+    model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], read: dict[str, torch.Tensor]
+) -> None:
     """Makes sure that `tensors` is this adapter, whole and finite, and nothing that would overwrite the base model.
 
     PEFT itself only warns of what is missing, and loads what is extra.
@@ -28,30 +23,28 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
         model (`nn.Module`): Model with the adapter in place.
         adapter_name (`str`): The adapter that is about to be loaded.
         tensors (`dict[str, torch.Tensor]`): What was read, under keys of `model.state_dict()`.
+        read (`dict[str, torch.Tensor]`): The same under the keys of the file.
 
     Raises:
         ValueError: Tensors are missing, unknown, of another shape, not floating point, or not finite. Each is named.
     """
-    expected = dict(adapter_parameters(model, adapter_name))
-    allowed = _prefixes_of_other_saved_modules(model)
-    problems = []
-    for key, parameter in expected.items():
-        shape = tuple(parameter.shape)
-        if key not in tensors:
-            problems.append(f"{_file_key(key, adapter_name)} is missing, the model expects shape {shape}")
-            continue
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape:
-            problems.append(
-                f"{_file_key(key, adapter_name)} has shape {tuple(tensor.shape)}, the model expects {shape}"
-            )
-        elif not tensor.is_floating_point():
-            problems.append(f"{_file_key(key, adapter_name)} has dtype {tensor.dtype}, floating point is expected")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{_file_key(key, adapter_name)} holds NaN or infinite values")
-    for key in tensors:
-        if key not in expected and not key.startswith(allowed):
-            problems.append(f"{key} has shape {tuple(tensors[key].shape)} but no place in this adapter")
+    state = model.state_dict()
+    required = _filter_state_dict_by_key_prefixes(state, _get_tuner_state_dict_key_prefixes(model, adapter_name))
+    places = {**_other_saved_tensors(model, state, adapter_name, tensors), **required}
+    problems = [
+        f"{_file_key(key, adapter_name)} is missing, the model expects shape {tuple(parameter.shape)}"
+        for key, parameter in required.items()
+        if key not in tensors
+    ]
+    for key, tensor in tensors.items():
+        problem = _problem(tensor, places.get(key))
+        if problem:
+            problems.append(f"{_file_key(key, adapter_name)} {problem}")
+    if len(tensors) < len(read):  # two keys of the file mean the same parameter
+        problems += [
+            f"{key} has shape {tuple(read[key].shape)} and is there without {adapter_name!r} in its name too"
+            for key in read.keys() & required.keys()
+        ]
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError(
@@ -61,20 +54,58 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: dict[str
         )
 
 
+def keep_until_dispatched(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Lets adapters hold on to `tensors` where PEFT is going to dispatch a model with offloaded weights once more."""
+    if not {"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()):
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, PostBlockSteeringLayer) and adapter_name in layer.adapters:
+            adapter: Any = layer.adapters[adapter_name]
+            prefix = f"{name}.{layer.adapter_layer_names[0]}.{adapter_name}."
+            adapter.loaded = {leaf: tensors[prefix + leaf] for leaf, _ in adapter.named_parameters()}
+
+
+def _problem(tensor: torch.Tensor, place: torch.Tensor | None) -> str | None:
+    shape = tuple(tensor.shape)
+    if place is None:
+        return f"has shape {shape} but no place in this adapter"
+    if shape != tuple(place.shape):
+        return f"has shape {shape}, the model expects {tuple(place.shape)}"
+    if place.is_floating_point() and not tensor.is_floating_point():
+        return f"has dtype {tensor.dtype}, floating point is expected"
+    if not torch.isfinite(tensor).all():
+        return "holds NaN or infinite values"
+    return None
+
+
 def _file_key(key: str, adapter_name: str) -> str:
     """The name of the tensor in the file, where the adapter has no name."""
-    head, _, leaf = key.rpartition(f".{adapter_name}.")
-    return f"{head}.{leaf}"
+    head, separator, leaf = key.rpartition(f".{adapter_name}.")
+    return f"{head}.{leaf}" if separator else key.removesuffix(f".{adapter_name}")
 
 
-def _prefixes_of_other_saved_modules(model: nn.Module) -> tuple[str, ...]:
-    """`modules_to_save`, trainable tokens, and embeddings (PEFT saves those of a resized vocabulary)."""
-    embeddings = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(model, getter):
-            embeddings.append(getattr(model, getter)())
-    return tuple(
-        f"{name}."
+def _other_saved_tensors(model: nn.Module, state: dict, adapter_name: str, tensors: dict) -> dict[str, torch.Tensor]:
+    """Where tensors outside of the steering layers may go: `modules_to_save`, trainable tokens, embeddings.
+
+    PEFT saves the embeddings of a resized vocabulary, always input and output together; one of them alone is a stray.
+    """
+    keys = {
+        f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in embeddings)
-    )
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name).values()
+    }
+    embeddings = _embeddings(model)
+    groups = [
+        {key for key in state if key.startswith(f"{name}.")}
+        for name, module in model.named_modules()
+        if module in embeddings
+    ]
+    if all(group & tensors.keys() for group in groups):
+        keys = keys.union(*groups)
+    return {key: state[key] for key in keys if key in state}
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return [module for module in (getter() for getter in getters if getter) if module is not None]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..blocks import linear_layers, out_features, text_config
 from .layer import PostBlockSteeringLayer
 
 # How far a block's response to a bias may be from the bias itself, relative to the size of the output: rounding only.
@@ -34,19 +34,22 @@ def fold(tuner, adapter_names: list[str] | None = None, safe_merge: bool = False
     layers = {
         name: layer
         for name, layer in tuner.model.named_modules()
-        if isinstance(layer, PostBlockSteeringLayer) and any(adapter in layer.steering_adapter for adapter in names)
+        if isinstance(layer, PostBlockSteeringLayer) and any(adapter in layer.adapters for adapter in names)
     }
     sites = _find_sites(tuner, layers)
     folded = {}
     for site, layer in layers.items():
-        to_merge = [name for name in check_adapters_to_merge(layer, names) if name in layer.steering_adapter]
+        to_merge = [name for name in check_adapters_to_merge(layer, names) if name in layer.adapters]
         bias = sites[site].bias
         total = bias.data.float()
         for adapter in to_merge:
-            steering: Any = layer.steering_adapter[adapter]
+            steering: Any = layer.adapters[adapter]
             total = total + (steering.scaling * steering.vector.data.float()).to(total.device)
         if safe_merge and not torch.isfinite(total).all():
-            raise ValueError(f"The vectors {to_merge} of {site} hold NaN or infinite values. Nothing was merged.")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(to_merge)} seems to be broken: at "
+                f"{site} its vector holds NaN or infinite values. Nothing was merged."
+            )
         folded[site] = (to_merge, total.to(bias.dtype))
     for site, (to_merge, bias) in folded.items():
         layer = layers[site]
@@ -60,7 +63,7 @@ def unfold(layer: PostBlockSteeringLayer) -> None:
     """Puts the bias of before back, bit for bit."""
     if layer.folded is not None:
         linear, bias = layer.folded
-        linear.bias.data = bias
+        linear.bias.data = bias.to(device=linear.bias.device, dtype=linear.bias.dtype)
         layer.folded = None
     layer.merged_adapters.clear()
 
@@ -69,14 +72,14 @@ def _check_are_vectors(tuner, names: list[str]) -> None:
     for name in names:
         if name not in tuner.peft_config:
             raise ValueError(f"There is no adapter {name!r} to merge; this model has {sorted(tuner.peft_config)}.")
-        if tuner.peft_config[name].steering_type != "vector":
+        if tuner._steering_config(tuner.peft_config[name]).steering_type != "vector":
             raise ValueError(
                 f"Adapter {name!r} cannot be merged: low-rank post-block steering multiplies the whole residual "
                 "stream, skip connection included, so it equals no change of weights. Keep it as an adapter: save it "
-                "with `save_pretrained` and load it with `PeftModel.from_pretrained`. For the same reason it cannot be "
-                "served by engines that want merged weights, such as vLLM under TRL's `use_vllm=True`; generate with "
-                "transformers (`use_vllm=False`), or train steering_type='vector' on a model whose blocks end in a "
-                "linear layer with bias."
+                "with `save_pretrained` and load it with `PeftModel.from_pretrained`. For the same reason it cannot "
+                "be served by engines that want merged weights, such as vLLM under TRL's `use_vllm=True`; generate "
+                "with transformers (`use_vllm=False`), or train steering_type='vector' on a model whose blocks end in "
+                "a linear layer with bias."
             )
 
 
@@ -90,10 +93,14 @@ def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, A
     def remember_call(name):
         return lambda module, args, kwargs: calls.__setitem__(name, (args, kwargs))
 
+    embeddings = model.get_input_embeddings()
+    count = min(_PROBE_TOKENS, getattr(text_config(model), "max_position_embeddings", None) or _PROBE_TOKENS)
+    tokens = torch.arange(count, device=embeddings.weight.device).remainder(embeddings.num_embeddings)
+
     def remember_linear(name):
         def hook(module, args, output):
             # An expert that sees only some of the tokens is not a candidate.
-            if output.numel() == _PROBE_TOKENS * layers[name].hidden_size:
+            if output.numel() == count * layers[name].hidden_size:
                 last_linear[name] = module
 
         return hook
@@ -102,16 +109,14 @@ def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, A
     for name, layer in layers.items():
         block = layer.get_base_layer()
         handles.append(block.register_forward_pre_hook(remember_call(name), with_kwargs=True))
-        for module in block.modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and _out_features(module) == layer.hidden_size:
-                handles.append(module.register_forward_hook(remember_linear(name)))
+        for linear in linear_layers(block).values():
+            if out_features(linear) == layer.hidden_size:
+                handles.append(linear.register_forward_hook(remember_linear(name)))
     enabled = [layer for layer in layers.values() if not layer.disable_adapters]
     try:
         model.eval()
         for layer in enabled:
             layer._disable_adapters = True
-        embeddings = model.get_input_embeddings()
-        tokens = torch.arange(_PROBE_TOKENS, device=embeddings.weight.device).remainder(embeddings.num_embeddings)
         model(input_ids=tokens[None], use_cache=False)
         for handle in handles:
             handle.remove()
@@ -124,10 +129,6 @@ def _find_sites(tuner, layers: dict[str, PostBlockSteeringLayer]) -> dict[str, A
             layer._disable_adapters = False
         model.train(was_training)
     return last_linear
-
-
-def _out_features(module: Any) -> int:
-    return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
 def _check_site(name: str, block: nn.Module, linear: Any, call: tuple, config) -> None:

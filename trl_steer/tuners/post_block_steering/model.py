@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,7 +16,7 @@ from ..blocks import BlockMatcher, hidden_size
 from .config import PostBlockSteeringConfig
 from .functional import adapter_scaling, set_scaling
 from .layer import LAYER_NAME, LowRankAdapter, PostBlockSteeringLayer, VectorAdapter
-from .loading import check_adapter_tensors
+from .loading import check_adapter_tensors, keep_until_dispatched
 from .merging import fold
 
 
@@ -52,20 +52,30 @@ class PostBlockSteeringModel(BaseTuner):
     prefix: str = "steering_"
     tuner_layer_cls = PostBlockSteeringLayer
     target_module_mapping: dict[str, list[str]] = {}
-    _matcher: BlockMatcher | None = None
+    steering_layer_cls = PostBlockSteeringLayer
+    _matcher: tuple[PeftConfig, BlockMatcher] | None = None
 
     # Injection
 
     def _prepare_adapter_config(self, peft_config: PostBlockSteeringConfig, model_config: dict):
         return peft_config  # `target_modules=None` stays, and means all blocks of whatever model this is loaded on
 
-    def _prepare_model(self, peft_config: PostBlockSteeringConfig, model: nn.Module) -> None:
-        self._matcher = BlockMatcher(model, peft_config)
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        self._blocks(peft_config)
 
-    def _check_target_module_exists(self, peft_config: PostBlockSteeringConfig, key: str):
-        if self._matcher is None or self._matcher.config is not peft_config:
-            self._matcher = BlockMatcher(self.model, peft_config)
-        return self._matcher(key)
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str):
+        return self._blocks(peft_config)(key)
+
+    def _steering_config(self, peft_config: Any) -> PostBlockSteeringConfig:
+        """The part of an adapter's configuration that is about steering: all of it here, a half of a joint
+        adapter's."""
+        return peft_config
+
+    def _blocks(self, peft_config: PeftConfig) -> BlockMatcher:
+        if self._matcher is None or self._matcher[0] is not peft_config:
+            self._matcher = (peft_config, BlockMatcher(self.model, self._steering_config(peft_config)))
+        return self._matcher[1]
 
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
@@ -77,19 +87,26 @@ class PostBlockSteeringModel(BaseTuner):
                 key.removeprefix("base_model.model.").replace(marker, f".{self.prefix}"): tensor
                 for key, tensor in state_dict.items()
             }
+        config = self.peft_config[adapter_name]
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            # TRL's reference adapter comes with the very configuration of the policy; each has its own strength.
+            self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        layer = getattr(target, LAYER_NAME, None)
+        self._steer_block(target, adapter_name, self._steering_config(peft_config))
+
+    def _steer_block(self, block: nn.Module, adapter_name: str, config: PostBlockSteeringConfig) -> None:
+        layer = getattr(block, LAYER_NAME, None)
         if layer is None:
-            layer = PostBlockSteeringLayer(target, hidden_size(self.model))
-            layer.train(target.training)
-            target.add_module(LAYER_NAME, layer)
-        layer.update_layer(adapter_name, peft_config)
+            layer = self.steering_layer_cls(block, hidden_size(self.model))
+            layer.train(block.training)
+            block.add_module(LAYER_NAME, layer)
+        layer.update_layer(adapter_name, config)
         if adapter_name not in self.active_adapters:
-            layer.steering_adapter[adapter_name].requires_grad_(False)
+            layer.adapters[adapter_name].requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -102,7 +119,8 @@ class PostBlockSteeringModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_adapter_tensors(model, adapter_name, tensors)
+        check_adapter_tensors(model, adapter_name, tensors, state_dict)
+        keep_until_dispatched(model, adapter_name, tensors)
         return tensors
 
     # Strength
@@ -129,18 +147,18 @@ class PostBlockSteeringModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         # `generate` repeats each row for its beams or its sequences.
-        repeats = max(_generation_argument(kwargs, name) for name in ("num_beams", "num_return_sequences"))
-        adapter_names = [name for name in adapter_names for _ in range(repeats)]
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        repeats = max(_generation_argument(kwargs, config, name) for name in ("num_beams", "num_return_sequences"))
+        repeated = [name for name in adapter_names for _ in range(repeats)]
 
-        def pass_adapter_names(module, args, kwargs, adapter_names):
-            return args, {**kwargs, "adapter_names": adapter_names}
+        def pass_adapter_names(module, args, kwargs):
+            names = repeated if len(args[0]) == len(repeated) else adapter_names
+            return args, {**kwargs, "adapter_names": names}
 
         handles = [
-            module.register_forward_pre_hook(
-                partial(pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
-            )
+            module.register_forward_pre_hook(pass_adapter_names, with_kwargs=True)
             for module in self.modules()
-            if isinstance(module, (PostBlockSteeringLayer, AuxiliaryTrainingWrapper))
+            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -154,7 +172,8 @@ class PostBlockSteeringModel(BaseTuner):
         if adapter_name in active:
             # Layers choose a new active adapter among their own, which differ where adapters sit on different blocks.
             remaining = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
-            self.set_adapter(remaining)
+            if remaining:
+                self.set_adapter(remaining)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
@@ -173,33 +192,38 @@ class PostBlockSteeringModel(BaseTuner):
         Raises:
             ValueError: An adapter does not exist, the new one does, or they cannot be summed exactly.
         """
-        configs = self._check_weighted(adapters, weights, adapter_name, combination_type)
-        vector = configs[0].steering_type == "vector"
-        summands = {
-            name: [
-                (weight * layer.steering_adapter[adapter].scaling, layer.steering_adapter[adapter])
-                for adapter, weight in zip(adapters, weights, strict=True)
-                if adapter in layer.steering_adapter
-            ]
-            for name, layer in self._named_layers()
-        }
-        blocks = sorted(name.removesuffix(f".{LAYER_NAME}") for name, parts in summands.items() if parts)
-        config = copy.deepcopy(configs[0])
-        config.scaling = 1.0
-        config.r = configs[0].r if vector else sum(config.r for config in configs)
-        config.target_modules, config.exclude_modules, config.layers_to_transform = set(blocks), None, None
+        self._check_weighted(adapters, weights, adapter_name, combination_type)
+        summands, config = self._summands(adapters, weights)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
+        self._write_sums(adapter_name, summands)
+
+    def _summands(self, adapters: list[str], weights: list[float]) -> tuple[dict[str, list], PostBlockSteeringConfig]:
+        """For each block, what is to be summed there, and the configuration of the sum."""
+        configs = [self._steering_config(self.peft_config[name]) for name in adapters]
+        summands = {}
         for name, layer in self._named_layers():
-            if summands.get(name):
-                _write_sum(layer.steering_adapter[adapter_name], summands[name])
+            present = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in layer.adapters]
+            if present:
+                block = name.removesuffix(f".{LAYER_NAME}")
+                summands[block] = [(w * layer.adapters[a].scaling, layer.adapters[a]) for a, w in present]
+        config: Any = copy.deepcopy(configs[0])
+        config.scaling = 1.0
+        if config.steering_type == "low_rank":
+            config.r = sum(config.r for config in configs)
+        config.target_modules, config.exclude_modules, config.layers_to_transform = set(summands), None, None
+        return summands, config
+
+    def _write_sums(self, adapter_name: str, summands: dict[str, list]) -> None:
+        for block, parts in summands.items():
+            _write_sum(getattr(self.model.get_submodule(block), LAYER_NAME).adapters[adapter_name], parts)
         self._cast_adapter_dtype(adapter_name)
 
-    def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> list[Any]:
+    def _check_weighted(self, adapters, weights, adapter_name, combination_type) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if not adapters or len(adapters) != len(weights):
@@ -211,7 +235,7 @@ class PostBlockSteeringModel(BaseTuner):
             raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")
         configs: list[Any] = [self.peft_config[name] for name in adapters]
         for field in ("steering_type", "activation"):
-            values = {name: getattr(self.peft_config[name], field) for name in adapters}
+            values = {name: getattr(self._steering_config(self.peft_config[name]), field) for name in adapters}
             if len(set(values.values())) > 1:
                 raise ValueError(f"Adapters of different {field} have no exact sum: {values}.")
         if any(config.modules_to_save or config.trainable_token_indices for config in configs):
@@ -219,7 +243,6 @@ class PostBlockSteeringModel(BaseTuner):
                 "add_weighted_adapter is not supported for adapters with `modules_to_save` or "
                 "`trainable_token_indices`."
             )
-        return configs
 
     # Merging and unloading
 
@@ -237,16 +260,20 @@ class PostBlockSteeringModel(BaseTuner):
         for layer in self._layers():
             layer.unmerge()
 
-    def _unload_and_optionally_merge(
-        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
-    ) -> Any:
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> Any:
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)
+            PostBlockSteeringModel.merge_adapter(self, adapter_names, safe_merge)
         else:
             self.unmerge_adapter()
-        for layer in list(self._layers()):
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])  # PEFT would put the trained copy in the place of the original
+        for layer in self._layers():
             layer.remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # only for wrappers around a module; no weights need to be moved
 
     def _named_layers(self):
         return [(n, m) for n, m in self.model.named_modules() if isinstance(m, PostBlockSteeringLayer)]
@@ -255,8 +282,8 @@ class PostBlockSteeringModel(BaseTuner):
         return [layer for _, layer in self._named_layers()]
 
 
-def _generation_argument(kwargs: dict, name: str) -> int:
-    value = kwargs.get(name, getattr(kwargs.get("generation_config"), name, None))
+def _generation_argument(kwargs: dict, config, name: str) -> int:
+    value = kwargs.get(name, getattr(config, name, None))
     return value if isinstance(value, int) else 1
 
 

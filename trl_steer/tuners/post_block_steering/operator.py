@@ -7,7 +7,9 @@ Both compute `h + scaling * dropout(act(h @ down.T)) @ up.T`.
   under gradient checkpointing, where transformers checkpoints a block's `forward` and leaves its hooks outside. `h` is
   never formed again: `dL/d down = dz^T h = dz^T h' - scaling * (dz^T a) up^T`. In 16-bit formats that subtraction is
   as good as the plain form while the update is no larger than `h`, and worse beyond.
-- `"plain"` is ordinary PyTorch. It supports double backward, and is what `torch.compile` and `torch.export` trace.
+- `"plain"` is ordinary PyTorch, and what `torch.compile` and `torch.export` trace in any case. Choose it for double
+  backward, for `torch.func` transforms, and where a later layer writes into the hidden state in place: the other form
+  raises PyTorch's error there.
 
 [`steering_operator`] is the one switch.
 """
@@ -46,10 +48,13 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
         global _current
         if name not in OPERATORS:
             raise ValueError(f"There is no steering operator {name!r}; use one of {OPERATORS}.")
+        self.name = name
         self.previous = _current
         _current = name
 
     def __enter__(self):
+        global _current
+        _current = self.name  # again, for an instance that is entered a second time
         return self
 
     def __exit__(self, *exc_info):
@@ -72,11 +77,11 @@ def low_rank_update(
     added in the dtype of `h`. Autocast itself is off inside, so both forms round in the same places.
 
     Args:
-        h (`torch.Tensor`): (..., d), floating point.
+        h (`torch.Tensor`): (..., d), floating point, contiguous or not. May hold no tokens at all.
         down (`torch.Tensor`): (r, d).
         up (`torch.Tensor`): (d, r).
         scaling (`float`): Strength of the update.
-        activation (`Callable`, *optional*): Elementwise function of the (..., r) bottleneck; `None` is the identity.
+        activation (`Callable`, *optional*): Elementwise function of the bottleneck; `None` is the identity.
         dropout (`float`, defaults to `0.0`): Dropout probability; pass 0 in evaluation mode.
         residual (`torch.Tensor`, *optional*):
             (..., d), what the update is added to when several adapters read the same `h`. Always the plain form.
@@ -84,31 +89,33 @@ def low_rank_update(
     Returns:
         `torch.Tensor`: (..., d), dtype and device of `h`, never one of the inputs.
     """
-    if torch.is_autocast_enabled(h.device.type):
+    if _autocast_enabled(h):
         dtype = torch.get_autocast_dtype(h.device.type)
         with torch.autocast(h.device.type, enabled=False):
             return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
-    dtype = torch.promote_types(h.dtype, down.dtype)
+    dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
     return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
 
 
 def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype):
-    saves_output = residual is None and torch.is_grad_enabled() and _current == "memory_efficient"
-    if saves_output and not torch.compiler.is_compiling():
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or _current == "plain"
+    if not plain and residual is None:
         return _MemoryEfficientUpdate.apply(h, down, up, scaling, activation, dropout, dtype)
-    z = F.linear(h.to(dtype), down.to(dtype))
+    tokens = _flat(h)
+    z = F.linear(_cast(tokens, dtype), _cast(down, dtype))
     a = _bottleneck(z, activation, _dropout_mask(z, dropout))
-    return _add_update(h if residual is None else residual, a, up.to(dtype), scaling)
+    return _add_update(tokens if residual is None else _flat(residual), a, _cast(up, dtype), scaling).view_as(h)
 
 
 class _MemoryEfficientUpdate(torch.autograd.Function):
-    """Keeps the output and `z` (r wide). Matrices are flattened to two dimensions, tokens by features."""
+    """Keeps the output and `z` (r wide). Matrices have two dimensions, tokens by features."""
 
     @staticmethod
     def forward(ctx, h, down, up, scaling, activation, dropout, dtype):
-        z = F.linear(h.to(dtype), down.to(dtype))
+        tokens = _flat(h)
+        z = F.linear(_cast(tokens, dtype), _cast(down, dtype))
         mask = _dropout_mask(z, dropout)
-        output = _add_update(h, _bottleneck(z, activation, mask), up.to(dtype), scaling)
+        output = _add_update(tokens, _bottleneck(z, activation, mask), _cast(up, dtype), scaling).view_as(h)
         ctx.save_for_backward(output if ctx.needs_input_grad[1] else None, z, mask, down, up)
         ctx.scaling, ctx.activation = scaling, activation
         return output
@@ -116,28 +123,51 @@ class _MemoryEfficientUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        output, z, mask, down, up = ctx.saved_tensors
-        needs_h, needs_down, needs_up = ctx.needs_input_grad[:3]
-        dtype, scaling = z.dtype, ctx.scaling
-        up_ = up.to(dtype)
-        grad = grad_output.to(dtype).flatten(0, -2)
-        grad_a = scaling * (grad @ up_)
-        with torch.enable_grad():
-            z = z.flatten(0, -2).detach().requires_grad_()
-            a = _bottleneck(z, ctx.activation, None if mask is None else mask.flatten(0, -2))
-        grad_z = grad_a if a is z else torch.autograd.grad(a, z, grad_a)[0]
-        a = a.detach()
+        if not _autocast_enabled(grad_output):
+            return _backward(ctx, grad_output)
+        # A backward pass inside autocast would round the products, and `h` is recovered from their difference.
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _backward(ctx, grad_output)
 
-        grad_h = grad_down = grad_up = None
-        if needs_up:
-            grad_up = (scaling * (grad.T @ a)).to(up.dtype)
-        if needs_down:
-            # dz^T h with h = output - scaling * a up^T, without forming h
-            grad_down = grad_z.T @ output.to(dtype).flatten(0, -2)
-            grad_down = torch.addmm(grad_down, grad_z.T @ a, up_.T, alpha=-scaling).to(down.dtype)
-        if needs_h:
-            grad_h = _add_update(grad_output, grad_z.view(ctx.saved_tensors[1].shape), down.to(dtype).T, 1.0)
-        return grad_h, grad_down, grad_up, None, None, None, None
+
+def _backward(ctx, grad_output):
+    output, z, mask, down, up = ctx.saved_tensors
+    needs_h, needs_down, needs_up = ctx.needs_input_grad[:3]
+    dtype, scaling = z.dtype, ctx.scaling
+    up_ = _cast(up, dtype)
+    grad_tokens = _flat(grad_output)
+    grad = _cast(grad_tokens, dtype)
+    grad_a = scaling * (grad @ up_)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        a = _bottleneck(z, ctx.activation, mask)
+    grad_z = grad_a if a is z else torch.autograd.grad(a, z, grad_a)[0]
+    a = a.detach()
+
+    grad_h = grad_down = grad_up = None
+    if needs_up:
+        grad_up = _cast(scaling * (grad.T @ a), up.dtype)
+    if needs_down:
+        # dz^T h with h = output - scaling * a up^T, without forming h
+        grad_down = grad_z.T @ _cast(_flat(output), dtype)
+        grad_down = _cast(torch.addmm(grad_down, grad_z.T @ a, up_.T, alpha=-scaling), down.dtype)
+    if needs_h:
+        grad_h = _add_update(grad_tokens, grad_z, _cast(down, dtype).T, 1.0).view_as(grad_output)
+    return grad_h, grad_down, grad_up, None, None, None, None
+
+
+def _autocast_enabled(tensor: torch.Tensor) -> bool:
+    """Meta tensors have no autocast, and PyTorch raises if asked."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _flat(h: torch.Tensor) -> torch.Tensor:
+    """(tokens, d), a copy only if it must be."""
+    return h.reshape(-1, h.shape[-1])
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _bottleneck(z, activation, mask):
@@ -149,10 +179,8 @@ def _dropout_mask(z: torch.Tensor, p: float) -> torch.Tensor | None:
     return None if p == 0.0 else F.dropout(torch.ones_like(z), p)
 
 
-def _add_update(h: torch.Tensor, a: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`h + scaling * a @ up.T`, in one pass where the dtypes allow it."""
-    if h.dtype != a.dtype:
-        return h + (scaling * F.linear(a, up)).to(h.dtype)
-    if h.dim() == 2:
-        return torch.addmm(h, a, up.T, alpha=scaling)
-    return torch.addmm(h.flatten(0, -2), a.flatten(0, -2), up.T, alpha=scaling).view(h.shape)
+def _add_update(tokens: torch.Tensor, a: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`tokens + scaling * a @ up.T`, in one product where the dtypes allow it."""
+    if tokens.dtype == a.dtype:
+        return torch.addmm(tokens, a, up.T, alpha=scaling)
+    return tokens + _cast(scaling * F.linear(a, up), tokens.dtype)

@@ -1,0 +1,150 @@
+"""Alternated timing, and ratios with their spread."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = "wall"
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    One ratio, `numerator / denominator`.
+
+    Attributes:
+        benchmark (`str`): The benchmark's name, as `--only` takes it.
+        case (`str`): Model, dtype, mode.
+        numerator (`str`), denominator (`str`): The two sides.
+        ratio (`float`), low (`float`), high (`float`): Median and quartiles. All equal if nothing varies.
+        values (`tuple[float, float]`): The median of each side, in `unit`.
+        bound (`str`, *optional*): What the ratio is held against, `"<= 1.02"` for example.
+    """
+
+    benchmark: str
+    case: str
+    numerator: str
+    denominator: str
+    ratio: float
+    low: float
+    high: float
+    values: tuple[float, float]
+    unit: str
+    bound: str | None = None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the ratio keeps its bound; `None` without one."""
+        if self.bound is None:
+            return None
+        relation, limit = self.bound.split()
+        return self.ratio <= float(limit) if relation == "<=" else self.ratio >= float(limit)
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "holds": self.holds}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def use_clock(name: str) -> None:
+    """`"wall"`, or `"cpu"` for processor time, which tells something also while others use the machine.
+
+    The latter with one thread only, since threads that wait for each other use the processor too.
+    """
+    global _clock
+    if name == "cpu":
+        torch.set_num_threads(1)
+    _clock = name
+
+
+def current_clock() -> str:
+    return _clock
+
+
+def seconds(function: Callable[[], object], device: str = "cpu") -> float:
+    """Seconds that `function` takes, on a GPU between two events in its stream."""
+    if device != "cuda":
+        now = CLOCKS[_clock]
+        start = now()
+        function()
+        return now() - start
+    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    synchronize(device)
+    start_event.record()
+    function()
+    end_event.record()
+    synchronize(device)
+    return start_event.elapsed_time(end_event) / 1000
+
+
+def alternate(
+    sides: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
+) -> dict[str, list[float]]:
+    """
+    Runs every side once a round, so that whatever slows the machine down for a while slows all of them.
+
+    Every other round goes backwards, so that no side always follows the same one. Python's garbage collection waits
+    for the gaps between rounds.
+
+    Args:
+        sides (`dict[str, Callable]`): Name and what to run.
+        repeats (`int`): Number of rounds.
+        device (`str`, defaults to `"cpu"`): `"cpu"` or `"cuda"`.
+        warmup (`int`, defaults to `1`): Rounds before, that do not count.
+
+    Returns:
+        `dict[str, list[float]]`: For each side the seconds of each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at between rounds
+    gc.disable()
+    try:
+        for round_ in range(-warmup, repeats):
+            gc.collect()
+            for name in list(sides) if round_ % 2 == 0 else reversed(sides):
+                elapsed = seconds(sides[name], device)
+                if round_ >= 0:
+                    times[name].append(elapsed)
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+    return times
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    values = list(values)
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def compare(
+    benchmark: str,
+    case: str,
+    measured: dict[str, list[float]],
+    numerator: str,
+    denominator: str,
+    unit: str = "s",
+    bound: str | None = None,
+) -> Result:
+    """The ratio of two sides: the median, over rounds, of the ratio within a round."""
+    low, median, high = quartiles(
+        above / below for above, below in zip(measured[numerator], measured[denominator], strict=True)
+    )
+    values = (statistics.median(measured[numerator]), statistics.median(measured[denominator]))
+    return Result(benchmark, case, numerator, denominator, median, low, high, values, unit, bound)

@@ -1,0 +1,83 @@
+"""Models with random weights, built from configurations, and copies of them that share their weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from trl_steer import PostBlockSteeringConfig
+
+ADAPTERS: dict[str, dict] = {
+    "low_rank": {"config": PostBlockSteeringConfig, "r": 8},
+    "vector": {"config": PostBlockSteeringConfig, "steering_type": "vector"},
+    "lora": {"config": LoraConfig, "r": 8, "target_modules": "all-linear"},
+}
+
+
+def tiny() -> LlamaConfig:
+    """For smoke tests."""
+    return LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+
+
+def eight_blocks() -> LlamaConfig:
+    """Eight blocks of d=512. The vocabulary is small, so that what blocks keep is not hidden behind logits."""
+    return LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=2000,
+    )
+
+
+def smollm2_135m() -> LlamaConfig:
+    """The shape of SmolLM2-135M."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+
+
+def build(config: LlamaConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(copy.deepcopy(config)).to(device, dtype)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules over the same weights: sides then differ in nothing but their adapters."""
+    weights = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
+
+
+def adapter_config(adapter: str) -> PeftConfig:
+    fields = dict(ADAPTERS[adapter])
+    return fields.pop("config")(task_type="CAUSAL_LM", **fields)
+
+
+def adapted(base: PreTrainedModel, adapter: str) -> PeftModel:
+    """A copy of `base` over the same weights, with an adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(share(base), adapter_config(adapter))
+
+
+def random_tokens(config: LlamaConfig, batch: int, length: int, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator).to(device)

@@ -1,0 +1,103 @@
+"""Where and with what the ratios were measured, as JSON and as a Markdown table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .harness import Result, current_clock
+
+PACKAGES = ("trl-steer", "torch", "transformers", "peft", "trl", "accelerate")
+
+
+def machine(device: str) -> dict[str, object]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none used",
+        "clock": "gpu" if device == "cuda" else current_clock(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def write(results: list[Result], folder: Path, device: str, command: str) -> list[Path]:
+    """Writes `benchmarks_<device>.json` and `.md`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where, what = machine(device), versions()
+    document = {
+        "command": command,
+        "machine": where,
+        "versions": what,
+        "results": [result.as_dict() for result in results],
+    }
+    as_json, as_markdown = (folder / f"benchmarks_{device}.{ending}" for ending in ("json", "md"))
+    as_json.write_text(json.dumps(document, indent=2) + "\n")
+    as_markdown.write_text(_markdown(results, where, what, command))
+    return [as_json, as_markdown]
+
+
+def table(results: list[Result]) -> str:
+    lines = [
+        "| benchmark | ratio | median | quartiles | measured | bound | holds |",
+        "| --- | --- | ---: | ---: | ---: | --- | --- |",
+    ]
+    for result in results:
+        holds = {None: "", True: "yes", False: "no"}[result.holds]
+        lines.append(
+            f"| {result.case} | {result.numerator} / {result.denominator} | {result.ratio:.3f} "
+            f"| {result.low:.3f} to {result.high:.3f} | {_measured(result)} | {result.bound or ''} | {holds} |"
+        )
+    return "\n".join(lines)
+
+
+def line(result: Result) -> str:
+    """One line for the terminal."""
+    verdict = "" if result.bound is None else f"  {result.bound}: {'holds' if result.holds else 'DOES NOT HOLD'}"
+    spread = f"({result.low:.3f} to {result.high:.3f})"
+    return f"{result.case}: {result.numerator} / {result.denominator} = {result.ratio:.3f} {spread}{verdict}"
+
+
+def _measured(result: Result) -> str:
+    above, below = result.values
+    if result.unit == "s":
+        return f"{1000 * above:.1f} / {1000 * below:.1f} ms"
+    return f"{above:.1f} / {below:.1f} {result.unit}"
+
+
+def _markdown(results: list[Result], where: dict, what: dict, command: str) -> str:
+    return "\n".join(
+        [
+            f"# What steering costs: {where['gpu'] if where['gpu'] != 'none used' else where['cpu']}",
+            "",
+            f"    {command}",
+            "",
+            "- Machine: " + ", ".join(f"{name} {value}" for name, value in where.items()),
+            "- Versions: " + ", ".join(f"{name} {value}" for name, value in what.items()),
+            "",
+            "Each ratio is the median over rounds of the ratio within a round, both sides in one process, alternated,",
+            "over the same base weights. Saved bytes do not vary.",
+            "",
+            table(results),
+            "",
+        ]
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        for entry in Path("/proc/cpuinfo").read_text().splitlines():
+            if entry.startswith("model name"):
+                return entry.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

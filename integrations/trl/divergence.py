@@ -1,0 +1,58 @@
+"""Notices a training run that diverges, which steering does just above its best learning rate, and says what to do."""
+
+import logging
+import math
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+# Well beyond the noise of a batch: such a loss is worse than not having trained.
+FACTOR, MARGIN = 2.0, 1.0
+
+
+class TrainingDivergedError(RuntimeError):
+    """Training was stopped because the adapter is no longer made of finite numbers."""
+
+
+class DivergenceCallback(TrainerCallback):
+    """Warns once when the loss rises far above where it started, and stops the run when it is no number any more.
+
+    The loss that counts is the one the trainer logs. "Far above" is more than twice the first logged loss and at least
+    1.0 more. transformers replaces a NaN loss by an average before it logs it (`logging_nan_inf_filter`), so the
+    gradient norm is watched too.
+
+    Raises:
+        TrainingDivergedError: on a NaN or infinite loss or a NaN gradient norm, so that no such adapter is saved as if
+            it were a result.
+    """
+
+    def __init__(self):
+        self.first_loss: float | None = None
+        self.warned = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        loss, grad_norm = logs.get("loss"), logs.get("grad_norm")
+        if (loss is not None and not math.isfinite(loss)) or (grad_norm is not None and math.isnan(grad_norm)):
+            raise TrainingDivergedError(
+                f"Training diverged at step {state.global_step}: loss {loss}, gradient norm {grad_norm}. Nothing was "
+                f"saved from this step. {_advice(args)}"
+            )
+        if loss is None:
+            return
+        if self.first_loss is None:
+            self.first_loss = loss
+        elif not self.warned and loss > max(FACTOR * self.first_loss, self.first_loss + MARGIN):
+            self.warned = True
+            logger.warning(
+                f"The loss at step {state.global_step} is {loss:.3g}, far above the {self.first_loss:.3g} it started "
+                f"from: this run diverges. {_advice(args)}"
+            )
+
+
+def _advice(args) -> str:
+    return (
+        f"Lower the learning rate, which is {args.learning_rate:g}, by a factor of 2 to 5: low-rank steering breaks "
+        "down just above its best rate. A warm-up (--warmup_steps 0.1) or a smaller --max_grad_norm also helps."
+    )

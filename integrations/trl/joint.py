@@ -1,0 +1,69 @@
+"""Joint adaptation as a script: `trl-steer joint`, or under a launcher
+
+    accelerate launch -m trl_steer.integrations.trl.joint --config recipe.yaml
+
+The arguments are those of `trl-steer sft`, with TRL's own `--lora_*` arguments for the LoRA half, `--steering*` for
+the steering half, and those of [`JointOrthSFTConfig`].
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from trl import SFTConfig, TrlParser, get_peft_config
+from trl.scripts import sft as trl_sft
+
+from trl_steer.integrations.trl.divergence import TrainingDivergedError
+from trl_steer.integrations.trl.sft import DEFAULTS, SteeringArguments, peft_config, run
+from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
+from trl_steer.tuners.joint_steering import JointSteeringConfig
+
+# LoRA's rate is that of the demo, measured on SmolLM2-135M; the steering half has the one it has alone.
+LORA_LEARNING_RATE = 1e-3
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """TRL's parser of `sft`, with our training arguments in the place of TRL's and one more group for steering."""
+    theirs = trl_sft.make_parser(prog=prog)
+    types: list[Any] = [JointOrthSFTConfig if kind is SFTConfig else kind for kind in theirs.dataclass_types]
+    return TrlParser([*types, SteeringArguments], prog=prog)
+
+
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
+    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`].
+
+    Raises:
+        ValueError: if there is to be no steering half, or the config file has an unknown key.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    steering = make_parser(prog).parse_args_and_config(argv)[-1].steering
+    if steering == "none":
+        raise ValueError("joint adaptation has a steering half; with --steering none, run `trl-steer sft --use_peft`.")
+    parser = make_parser(prog)
+    parser.set_defaults(
+        use_peft=True,
+        learning_rate=LORA_LEARNING_RATE,
+        steering_learning_rate=DEFAULTS[steering]["learning_rate"],
+    )
+    return parser.parse_args_and_config(argv)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs the command and returns its exit status; wrong arguments and divergence are said in one line."""
+    name = prog or "trl_steer.integrations.trl.joint"
+    try:
+        *trl_arguments, arguments = parse(argv, prog)
+        adapter = JointSteeringConfig.from_parts(get_peft_config(trl_arguments[2]), peft_config(arguments))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(trl_arguments, adapter, trainer_class=JointOrthSFTTrainer)
+    except TrainingDivergedError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

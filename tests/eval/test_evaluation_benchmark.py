@@ -1,0 +1,25 @@
+"""The benchmark of batched evaluation, on a tiny model."""
+
+import pytest
+
+from trl_steer.eval.benchmarks import evaluation
+
+
+def test_both_ways_answer_alike_and_give_one_ratio():
+    (result,) = evaluation.run("cpu", repeats=2, quick=True)
+    assert result.benchmark == evaluation.NAME
+    assert (result.numerator, result.denominator) == (evaluation.SINGLE, evaluation.BATCHED)
+    assert result.ratio > 0
+    assert "4 prompts, 4 texts equal" in result.case
+
+
+def test_other_answers_are_an_error(monkeypatch):
+    def wrong(_model, _tokenizer, prompts, _device, texts):
+        def answer():
+            texts[evaluation.BATCHED] = ["<answer>1</answer>"] * len(prompts)
+
+        return answer
+
+    monkeypatch.setattr(evaluation, "_batched", wrong)
+    with pytest.raises(RuntimeError, match="batched evaluation changes answers"):
+        list(evaluation.run("cpu", repeats=2, quick=True))

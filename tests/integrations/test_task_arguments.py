@@ -1,0 +1,90 @@
+"""`trl-steer sft --task`: trains on the rows that the task holds for training, and stock lm-eval scores the others."""
+
+from pathlib import Path
+
+import pytest
+import task_rows
+from lm_eval.models.huggingface import HFLM
+from scripted_models import SIX, evaluate
+from tiny_chat import tiny_model, tiny_tokenizer
+
+from trl_steer.integrations.trl import sft
+from trl_steer.integrations.trl.task_arguments import TaskError, TaskScriptArguments
+from trl_steer.tasks import load_task
+
+BENCHMARKS = [task.removeprefix("steer_") for task in SIX]
+ON_CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none"]
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    monkeypatch.delenv("TRL_STEER_HUB_MIRROR", raising=False)
+    folder = task_rows.write_hub(tmp_path_factory.mktemp("hub"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def train(model_folder: str, output: Path, *arguments: str) -> int:
+    size = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+    return sft.main(["--model_name_or_path", model_folder, "--output_dir", str(output), *ON_CPU, *size, *arguments])
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_adapter_trained_on_a_task_is_scored_by_the_task_of_that_name(hub, model_folder, tmp_path, benchmark):
+    assert train(model_folder, tmp_path, "--task", benchmark) == 0
+    lm = HFLM(pretrained=model_folder, peft=str(tmp_path), batch_size=2, device="cpu")
+    scores = evaluate(lm, [f"steer_{benchmark}"], limit=2)[f"steer_{benchmark}"]
+    assert 0.0 <= scores["exact_match"] <= 1.0
+    assert lm.model.peft_config["default"].peft_type == "POST_BLOCK_STEERING"
+
+
+def test_rows_are_those_of_load_task_and_evaluation_is_on_validation(hub):
+    arguments = TaskScriptArguments(task="gsm8k")
+    assert (arguments.dataset_train_split, arguments.dataset_test_split) == ("train", "validation")
+    assert {k: v.to_list() for k, v in arguments.load().items()} == {
+        k: v.to_list() for k, v in load_task("gsm8k").items()
+    }
+    limited = TaskScriptArguments(task="gsm8k", task_rows=3, task_conversational=True, task_splits="steerling").load()
+    assert {name: len(rows) for name, rows in limited.items()} == {"train": 3, "validation": 2, "test": 3}
+    assert limited["train"][0]["prompt"][0]["role"] == "user"
+
+
+def test_without_a_task_the_arguments_are_those_of_trl():
+    assert TaskScriptArguments(dataset_name="some/where").dataset_test_split == "test"
+
+
+def test_dataset_name_and_config_name_another_copy(hub, tmp_path):
+    task_rows.write_config(tmp_path / "mine", "small", {"train": 10, "validation": 4}, task_rows.rows_of("boolq"))
+    arguments = TaskScriptArguments(task="boolq", dataset_name=str(tmp_path / "mine"), dataset_config="small")
+    assert len(arguments.load()["test"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "booq"], "no task named 'booq'. Choose one of: boolq"),
+        (["--task", "boolq", "--task_splits", "paper"], "choose default or steerling"),
+        (["--task", "boolq", "--dataset_config", "nowhere"], "'nowhere' not found"),
+        (["--task", "boolq", "--dataset_train_split", "training"], "no training. Name another"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(hub, model_folder, tmp_path, capsys, arguments, said):
+    assert train(model_folder, tmp_path, *arguments) != 0
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_task_and_a_mixture_are_too_much(hub, model_folder, tmp_path):
+    parsed = sft.parse(
+        ["--task", "boolq", "--model_name_or_path", model_folder, "--output_dir", str(tmp_path), *ON_CPU]
+    )
+    parsed[3].datasets = ["another"]
+    with pytest.raises(TaskError, match="a run has one data set"):
+        sft.run(parsed[:-1], None)

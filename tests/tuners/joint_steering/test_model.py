@@ -1,0 +1,203 @@
+"""A joint adapter is a LoRA and a steering adapter in one: it keeps the promises of both."""
+
+import copy
+
+import pytest
+import torch
+from model_zoo import tiny_inputs, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+
+from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, adapter_scaling, set_scaling
+from trl_steer.tuners.joint_steering import join_adapters, split_adapter
+
+FAMILIES = ["llama", "gemma3", "gpt2", "mixtral"]
+STEERING = {
+    "low_rank": {"r": 2, "init_weights": False},
+    "vector": {"steering_type": "vector", "init_weights": False},
+}
+
+
+def config_for(steering="low_rank", **kwargs):
+    return JointSteeringConfig(
+        **{"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", "steering": STEERING[steering], **kwargs}
+    )
+
+
+def joint_model(family="llama", **kwargs):
+    torch.manual_seed(0)
+    return get_peft_model(tiny_model(family), config_for(**kwargs)).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**tiny_inputs()).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_is_the_base_model_and_a_random_one_is_not(family):
+    base = tiny_model(family).eval()
+    fresh = get_peft_model(copy.deepcopy(base), JointSteeringConfig(task_type="CAUSAL_LM")).eval()
+    assert torch.equal(logits(fresh), logits(base))
+    assert not torch.allclose(logits(joint_model(family)), logits(base), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_by_default_lora_is_on_every_linear_layer_in_the_blocks_and_nowhere_else(family):
+    base = tiny_model(family)
+    inside = {
+        name
+        for name, module in base.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and any(part.isdigit() for part in name.split("."))
+    }
+    model = get_peft_model(base, JointSteeringConfig())
+    wrapped = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == inside
+
+
+@pytest.mark.parametrize("steering", STEERING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_adapter_loads_exactly(family, steering, tmp_path):
+    model = joint_model(family, steering=steering)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    low_memory = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(low_memory), logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_transformers_own_loader_finds_both_halves(family, tmp_path):
+    model = joint_model(family)
+    model.save_pretrained(tmp_path)
+    base = tiny_model(family).eval()
+    report = base.load_adapter(tmp_path)
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    assert torch.equal(logits(base), logits(model))
+
+
+def test_keys_of_the_lora_half_are_those_of_lora_alone():
+    joint = get_peft_model_state_dict(joint_model(target_modules=["q_proj", "down_proj"]))
+    alone = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    steering = {key for key in joint if ".post_block_steering." in key}
+    assert set(joint) - steering == set(get_peft_model_state_dict(alone))
+    assert steering
+    assert all(key.endswith((".down", ".up")) for key in steering)
+
+
+@pytest.mark.parametrize("steering", STEERING)
+def test_halves_split_into_folders_that_add_up_and_join_back(steering, tmp_path):
+    model = joint_model(steering=steering)
+    model.save_pretrained(tmp_path / "joint")
+    split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
+
+    lora = PeftModel.from_pretrained(tiny_model(), tmp_path / "lora")
+    assert type(lora.peft_config["default"]) is LoraConfig
+    halves = inject_adapter_in_model(
+        PostBlockSteeringConfig.from_pretrained(tmp_path / "steering"), lora.base_model.model
+    )
+    weights = load_file(tmp_path / "steering" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for key, tensor in weights.items():
+            head, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
+            halves.get_parameter(f"{head}.default.{leaf}").copy_(tensor)
+    assert torch.equal(logits(halves.eval()), logits(model))
+
+    join_adapters(tmp_path / "lora", tmp_path / "steering", tmp_path / "joined")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "joined")), logits(model))
+    names = ["joint", "joined"]
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    assert before.keys() == after.keys()
+
+
+def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
+    joint_model().save_pretrained(tmp_path / "joint")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        split_adapter(tmp_path / "joint", lora=tmp_path / "full", steering=tmp_path / "steering")
+    assert not (tmp_path / "steering").exists()
+    with pytest.raises(ValueError, match="a LoraConfig is expected"):
+        join_adapters(tmp_path / "joint", tmp_path / "joint", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "joint"]
+
+
+@pytest.mark.parametrize("broken", ["lora_B", ".down"])
+def test_a_broken_tensor_of_either_half_is_an_error_that_names_it(broken, tmp_path):
+    joint_model().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if broken in key)
+    save_file({k: t[:1].contiguous() if k == key else t for k, t in tensors.items()}, path)
+    base = tiny_model().eval()
+    before = logits(base)
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(base), before)
+
+
+def test_disabling_and_unloading_give_back_the_base_model():
+    base = tiny_model().eval()
+    before, modules = logits(base), {name for name, _ in base.named_modules()}
+    torch.manual_seed(0)
+    model = get_peft_model(base, config_for()).eval()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    unloaded = model.unload()
+    assert {name for name, _ in unloaded.named_modules()} == modules
+    assert torch.equal(logits(unloaded), before)
+    assert not any(module._forward_hooks for module in unloaded.modules())
+
+
+def test_merging_is_refused_for_low_rank_steering_and_exact_for_vectors():
+    model = joint_model("gpt2")
+    before = logits(model)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), before)
+    vectors = joint_model("gpt2", steering="vector")
+    before = logits(vectors)
+    torch.testing.assert_close(logits(vectors.merge_and_unload()), before, atol=1e-4, rtol=1e-4)
+
+
+def test_each_row_of_a_batch_may_have_its_own_adapter():
+    model = joint_model()
+    model.add_adapter("other", config_for(steering="vector"))
+    row = {name: tensor[:1] for name, tensor in tiny_inputs().items()}
+    rows = {name: tensor.repeat(3, 1) for name, tensor in row.items()}
+    with torch.no_grad():
+        mixed = model(**rows, adapter_names=["__base__", "other", "default"]).logits
+        expected = []
+        with model.disable_adapter():
+            expected.append(model(**row).logits)
+        for name in ("other", "default"):
+            model.set_adapter(name)
+            expected.append(model(**row).logits)
+    torch.testing.assert_close(mixed, torch.cat(expected))
+
+
+def test_weighted_sum_is_exact_for_both_halves():
+    model = joint_model()
+    before = logits(model)
+    model.add_adapter("copy", config_for())
+    state = {k: v for k, v in model.state_dict().items() if ".default." in k}
+    model.load_state_dict({k.replace(".default.", ".copy."): v for k, v in state.items()}, strict=False)
+    model.add_weighted_adapter(["default", "copy"], [0.25, 0.75], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-4)
+    model.delete_adapter("sum")
+    assert set(model.peft_config) == {"default", "copy"}
+
+
+def test_the_dial_turns_the_steering_half_only(tmp_path):
+    model = joint_model()
+    with adapter_scaling(model, "default", 0.0):
+        without_steering = logits(model)
+    model.save_pretrained(tmp_path / "joint")
+    split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
+    lora = PeftModel.from_pretrained(tiny_model(), tmp_path / "lora")
+    assert torch.equal(without_steering, logits(lora))
+    set_scaling(model, "default", 2.0)
+    model.save_pretrained(tmp_path / "stronger")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "stronger")), logits(model))

@@ -1,0 +1,95 @@
+"""Which LoRA matrices the constraint is about."""
+
+import pytest
+import torch
+from model_zoo import tiny_model
+from peft import get_peft_model
+
+from trl_steer import JointSteeringConfig
+from trl_steer.tuners.joint_steering import find_pairs
+
+LAST_LINEAR = {
+    "llama": "mlp.down_proj",
+    "gemma3": "mlp.down_proj",
+    "olmo2": "mlp.down_proj",
+    "gpt2": "mlp.c_proj",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "opt": "fc2",
+    "falcon": "mlp.dense_4h_to_h",
+    "phi3": "mlp.down_proj",
+    "starcoder2": "mlp.c_proj",
+}
+
+
+def joint_model(family="llama", **kwargs):
+    return get_peft_model(tiny_model(family), JointSteeringConfig(**{"init_lora_weights": False, "r": 4, **kwargs}))
+
+
+def writers_of(model, **kwargs):
+    names = {module: name for name, module in model.named_modules()}
+    return [[names[lora] for lora, _ in pair.writers] for pair in find_pairs(model, "default", **kwargs)]
+
+
+@pytest.mark.parametrize("family", LAST_LINEAR)
+def test_by_default_it_is_the_last_linear_layer_of_the_mlp(family):
+    for writers in writers_of(joint_model(family)):
+        assert len(writers) == 1
+        assert writers[0].endswith(LAST_LINEAR[family])
+
+
+def test_other_modules_can_be_named():
+    for writers in writers_of(joint_model(), modules=["down_proj", "o_proj"]):
+        assert {name.rpartition(".")[2] for name in writers} == {"down_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+@pytest.mark.parametrize("module", ["down_proj", "o_proj"])
+def test_a_norm_before_the_residual_addition_scales_what_reaches_it(family, module):
+    model = joint_model(family)
+    block = model.base_model.model.get_submodule("model.layers.1")
+    norm = block.post_feedforward_layernorm if module == "down_proj" else block.post_attention_layernorm
+    torch.nn.init.normal_(norm.weight)
+    pair = find_pairs(model, "default", [module])[1]
+    B = pair.writers[0][0].lora_B["default"].weight
+    (matrix,) = pair.output_matrices("default")
+    # The norm divides by the size of its input, so it is asked for the direction of each of B's columns alone.
+    expected = torch.nn.functional.normalize(norm(B.T), dim=1)
+    torch.testing.assert_close(torch.nn.functional.normalize(matrix.T, dim=1), expected)
+
+
+def test_llamas_norm_after_the_attention_is_not_one():
+    assert all(norm is None for pair in find_pairs(joint_model(), "default", ["o_proj"]) for _, norm in pair.writers)
+
+
+def test_blocks_that_are_not_steered_are_not_paired():
+    model = joint_model(steering={"layers_to_transform": [1]})
+    assert [pair.name.rpartition(".")[2] for pair in find_pairs(model, "default")] == ["1"]
+
+
+def test_blocks_that_lora_leaves_alone_are_left_out():
+    model = joint_model(target_modules=["down_proj"], layers_to_transform=[0])
+    assert [pair.name.rpartition(".")[2] for pair in find_pairs(model, "default")] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("config", "modules", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, None, "the constraint would be empty"),
+        ({}, ["nonsense"], r"is called \['nonsense'\]"),
+        ({"r": 28, "steering": {"r": 8}}, None, "together exceed the hidden size 32"),
+        ({"r": 32, "steering": {"steering_type": "vector"}}, None, "no orthogonal complement"),
+    ],
+)
+def test_constraints_that_cannot_hold_are_refused(config, modules, message):
+    with pytest.raises(ValueError, match=message):
+        find_pairs(joint_model(**config), "default", modules)
+
+
+def test_a_model_without_an_mlp_of_linear_layers_is_refused():
+    with pytest.raises(ValueError, match="orthogonal_modules"):
+        find_pairs(joint_model("mixtral"), "default")
+
+
+def test_an_adapter_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="'other' steers no block"):
+        find_pairs(joint_model(), "other")

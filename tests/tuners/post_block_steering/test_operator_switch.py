@@ -1,0 +1,49 @@
+"""The switch between the two forms of the low-rank operator."""
+
+import pytest
+
+from trl_steer.tuners.post_block_steering import operator
+from trl_steer.tuners.post_block_steering.operator import OPERATORS, steering_operator
+
+
+@pytest.fixture(autouse=True)
+def default_form():
+    """Every test starts with the default, whatever the one before has switched."""
+    with steering_operator("memory_efficient"):
+        yield
+
+
+def test_memory_efficient_is_the_default():
+    assert OPERATORS[0] == "memory_efficient" == operator._current
+
+
+def test_switch_stays_until_the_next():
+    steering_operator("plain")
+    assert operator._current == "plain"
+    steering_operator("memory_efficient")
+    assert operator._current == "memory_efficient"
+
+
+def test_context_restores_when_nested_and_after_an_exception():
+    with steering_operator("plain"):
+        with steering_operator("memory_efficient"):
+            assert operator._current == "memory_efficient"
+        assert operator._current == "plain"
+        with pytest.raises(KeyError), steering_operator("memory_efficient"):
+            raise KeyError
+        assert operator._current == "plain"
+    assert operator._current == "memory_efficient"
+
+
+def test_context_can_be_entered_again():
+    plain = steering_operator("plain")
+    for _ in range(2):
+        with plain:
+            assert operator._current == "plain"
+        assert operator._current == "memory_efficient"
+
+
+def test_unknown_operator_is_named_along_with_those_that_exist_and_changes_nothing():
+    with pytest.raises(ValueError, match=r"'fused'.*'memory_efficient', 'plain'"):
+        steering_operator("fused")
+    assert operator._current == "memory_efficient"

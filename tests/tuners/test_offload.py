@@ -1,0 +1,95 @@
+"""Models that accelerate has spread over devices or offloaded, here with the CPU and the disk as devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from model_zoo import FAMILIES, NUM_BLOCKS, tiny_inputs, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from steering_cases import adapters_of, layers_of, logits, over_families, over_kinds, steer
+from transformers import AutoModelForCausalLM
+
+
+def device_map_of(family: str, offloaded: str) -> dict[str, str]:
+    """The last two blocks on `offloaded`, all else on the CPU."""
+    blocks = [f"{FAMILIES[family].blocks}.{index}" for index in range(NUM_BLOCKS)]
+    names = set(blocks)
+    for name, _ in tiny_model(family).named_parameters(remove_duplicate=False):
+        if not name.startswith(tuple(f"{block}." for block in blocks)):
+            names.add(name.rpartition(".")[0])
+    return {name: offloaded if name in blocks[1:] else "cpu" for name in names}
+
+
+@over_kinds
+@over_families
+def test_explicit_device_map_before_and_after_the_adapter(family, kind):
+    model = steer(tiny_model(family), kind)
+    expected = logits(model)
+    device_map = {f"base_model.model.{name}": device for name, device in device_map_of(family, "cpu").items()}
+    assert torch.equal(logits(dispatch_model(model, {**device_map, "": "cpu"}, "cpu", force_hooks=True)), expected)
+
+    base = dispatch_model(tiny_model(family), {**device_map_of(family, "cpu"), "": "cpu"}, "cpu", force_hooks=True)
+    model = steer(base, kind)
+    assert torch.equal(logits(model), expected)
+    assert model.unload() is base
+    assert torch.equal(logits(base), logits(tiny_model(family)))
+
+
+@over_kinds
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_offloaded_models_give_equal_logits(family, kind, where, adapter_first, tmp_path):
+    def offload(model):
+        return cpu_offload(model) if where == "cpu" else disk_offload(model, tmp_path)
+
+    expected = logits(steer(tiny_model(family), kind))
+    model = offload(steer(tiny_model(family), kind)) if adapter_first else steer(offload(tiny_model(family)), kind)
+    assert next(model.get_input_embeddings().parameters()).is_meta  # it is offloaded
+    assert torch.equal(logits(model), expected)
+    assert model.generate(**tiny_inputs(), max_new_tokens=2, min_new_tokens=2).shape == (2, 9)
+
+
+@over_kinds
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_adapter_loads_onto_a_base_with_blocks_on_disk(family, kind, low_cpu_mem_usage, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    model = steer(tiny_model(family), kind)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+
+    device_map = device_map_of(family, "disk")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "disk"
+    )
+    model = PeftModel.from_pretrained(
+        base,
+        tmp_path / "adapter",
+        device_map={f"base_model.model.{name}": device for name, device in device_map.items()},
+        offload_folder=tmp_path / "disk",
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())  # some blocks are on disk
+    assert not any(parameter.is_meta for adapter in adapters_of(model) for parameter in adapter.parameters())
+    assert torch.equal(logits(model), expected)
+
+    model.load_adapter(tmp_path / "adapter", "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    again, saved = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "adapter"))
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[key], saved[key]) for key in saved)
+    unloaded = model.unload()
+    assert not layers_of(unloaded)
+    assert torch.equal(logits(unloaded), logits(tiny_model(family)))
+
+
+@over_kinds
+def test_adapter_whose_weights_are_away_when_it_runs_is_refused(kind):
+    model = cpu_offload(steer(tiny_model(), kind), preload_module_classes=["LlamaDecoderLayer"])
+    with pytest.raises(RuntimeError, match=r"meta|offloaded"):
+        logits(model)

@@ -1,0 +1,56 @@
+"""The `trl-steer` command: hands each subcommand's arguments to the program behind it."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+# name -> (module with `main(argv, prog)`, one line of help). A module is imported only when its command is asked for.
+COMMANDS = {
+    "demo": ("trl_steer.demo.run", "train and score a steering adapter on a small real model, in minutes on a CPU"),
+    "sft": ("trl_steer.integrations.trl.sft", "TRL's sft script with a steering adapter"),
+    "lm-eval": ("trl_steer.integrations.lm_eval.launcher", "lm-evaluation-harness with our adapters registered"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: that of the process) and returns the exit status."""
+    parser = _parser()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        return _load(arguments[0])(arguments[1:], f"trl-steer {arguments[0]}")
+    # What is left is --help, --version or a mistake; argparse answers each and exits.
+    parser.parse_args(arguments)
+    parser.print_help()
+    return 0
+
+
+def _load(command: str) -> Callable[[Sequence[str], str], int]:
+    return importlib.import_module(COMMANDS[command][0]).main
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-steer",
+        description="Post-block activation steering for the Hugging Face training stack.",
+        epilog="trl-steer COMMAND --help shows the arguments of a command.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (_, help_line) in COMMANDS.items():
+        commands.add_parser(name, help=help_line, add_help=False)
+    return parser
+
+
+class _Version(argparse.Action):
+    """argparse's own wants the version in advance, and finding it takes longer than the rest of `--help`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        print(f"trl-steer {version('trl-steer')}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The stages of `trl-steer demo`, each skipped where its result is already in the output folder."""
+
+import argparse
+import importlib.util
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl_steer.demo import settings as demo_settings
+from trl_steer.demo.files import read_json, write_json
+from trl_steer.demo.settings import Settings
+
+SETTINGS = "settings.json"
+# Everything a run writes; what else is in the folder is the user's and stays.
+OURS = ("task", "checkpoints", "adapter", "base.json", "steered.json", "results.json", "results.md")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "trl-steer demo") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Trains a steering adapter on generated ListOps expressions with TRL, scores the base model and "
+        "the adapter with lm-eval, and compares them with what needs no model. Run again, it goes on where it was.",
+    )
+    demo_settings.add_arguments(parser)
+    settings, folder = demo_settings.from_arguments(parser.parse_args(argv))
+    # They tell programmers which names will change; a user of this command can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        _check_packages()
+        run(settings, folder.expanduser().resolve())
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(settings: Settings, folder: Path) -> dict:
+    """Runs what is missing in `folder` and returns all results, which are also in `folder/results.json`."""
+    start = time.perf_counter()
+    _say(f"{settings.method}, seed {settings.seed}, in {folder}")
+    prepare_folder(settings, folder)
+    task_folder, adapter = folder / "task", folder / "adapter"
+    base, steered = folder / "base.json", folder / "steered.json"
+
+    from trl_steer.demo import model, report, task
+
+    if _missing(task_folder, "Writing the ListOps examples and their lm-eval task"):
+        task.write_task(settings, task_folder)
+    _say("Looking for the model; the embedded one is converted the first time")
+    checkpoint = model.resolve(settings.model)
+    if _missing(base, "Scoring the base model"):
+        _score(checkpoint, None, task_folder, base)
+    if _missing(adapter, "Training"):
+        from trl_steer.demo.train import train
+
+        train(settings, checkpoint, task_folder, folder / "checkpoints", adapter)
+    if _missing(steered, "Scoring the adapter"):
+        _score(checkpoint, adapter, task_folder, steered)
+
+    from trl_steer.demo.score import command
+
+    results = report.collect(settings, task_folder, base, steered, adapter)
+    results["command"] = command(checkpoint, adapter, task_folder)
+    results["seconds_of_this_run"] = time.perf_counter() - start
+    report.write(results, folder)
+    report.show(results)
+    return results
+
+
+def prepare_folder(settings: Settings, folder: Path) -> None:
+    """Makes the folder ready for `settings`. What an earlier run with other settings left is removed, and said.
+
+    Raises:
+        FileExistsError: if the folder holds files and no run of the demo made it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output {folder} is a file; give a folder.")
+    marker = folder / SETTINGS
+    wanted = settings.to_dict()
+    if marker.is_file():
+        changes = describe_changes(read_json(marker), wanted)
+        if not changes:
+            return
+        _say(f"Starting anew, because the run in this folder had other settings: {'; '.join(changes)}")
+        marker.unlink()
+        for name in OURS:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"--output {folder} is not empty and was not made by this demo (it has no {SETTINGS}); give a new or "
+            "empty folder, so that nothing of yours is mixed up with the demo's files."
+        )
+    write_json(marker, wanted)
+
+
+def describe_changes(before: dict, now: dict) -> list[str]:
+    """One line for each setting that differs, nested ones by their dotted name."""
+    changes = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += [f"{key}.{line}" for line in describe_changes(old, new)]
+        elif old != new:
+            changes.append(f"{key} was {old}, now {new}")
+    return changes
+
+
+def _score(model: str, adapter: Path | None, task_folder: Path, result: Path) -> None:
+    from trl_steer.demo.score import score
+
+    score(model, adapter, task_folder, result)
+
+
+def _missing(path: Path, what: str) -> bool:
+    missing = not path.exists()
+    _say(what if missing else f"{what}: already done, {path.name} is there")
+    return missing
+
+
+def _check_packages() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ModuleNotFoundError(
+            "the demo scores with lm-eval, which is not installed: pip install 'trl-steer[demo]'"
+        )
+
+
+def _say(text: str) -> None:
+    print(f"» {text}", flush=True)

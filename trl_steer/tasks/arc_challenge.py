@@ -1,0 +1,74 @@
+"""ARC-Challenge (Clark et al. 2018): grade-school science questions with three to five options.
+
+Train, validation (299 rows) and test (1172 rows) are the published splits. The authors' code keeps a shuffled half of
+the validation split. Options are labelled by letters or, in a few rows, by digits; the label is the row's own.
+"""
+
+import re
+
+from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.splits import halves_of, official
+from trl_steer.tasks.text import ANNOUNCED, CAPITAL, SMALL, plain
+
+_CALLED = r"(?:(?i:option|choice)\s*)?"
+# In brackets; a bare capital; a digit that begins no quantity; a small letter.
+_LABEL = rf"(?:[(\[]\s*([A-Ea-e1-5])\s*[)\]]|({CAPITAL})|([1-5])(?!\w|[.,]\d|\s*[a-z%/])|({SMALL}))"
+_ANNOUNCED = re.compile(ANNOUNCED + _CALLED + _LABEL, re.MULTILINE)
+# A capital that opens a sentence ("A plant ...") is no label; one that stands alone or before a mark is.
+_AT_START = re.compile(r"\W*?" + _CALLED + r"(?:[(\[]\s*([A-Ea-e1-5])\s*[)\]]|([A-E1-5])(?=\s*$|[).:,](?!\d)))", re.M)
+
+_NAMED = re.compile(
+    r"(?:(?<!\w)[(\[]\s*([A-Ea-e1-5])\s*[)\]]|(?i:option|choice)\s+(?:is\s+)?([A-E1-5])(?![\w'\u2019]|[.,]\d))"
+)
+
+
+def prompt(row: Row) -> str:
+    return f"Answer the following multiple-choice question.\nQuestion: {row['question']}\n{options(row)}\n"
+
+
+def options(row: Row) -> str:
+    return "\n".join(f"({label}) {text}" for label, text in _options(row))
+
+
+def completion(row: Row) -> str:
+    return f"Answer: ({answer(row)}) {dict(_options(row))[answer(row)]}."
+
+
+def answer(row: Row) -> str:
+    return str(row["answerKey"])
+
+
+def extract(text: str) -> str | None:
+    """A label, `A` to `E` or `1` to `5`: the first that is announced as the answer.
+
+    Without such a word, the label that the text opens with, else the only one that it names (`(B)` or `option B`).
+    """
+    text = plain(text)
+    match = _ANNOUNCED.search(text) or _AT_START.match(text)
+    if match:
+        return next(group for group in match.groups() if group).upper()
+    named = {"".join(groups).upper() for groups in _NAMED.findall(text)}
+    return named.pop() if len(named) == 1 else None
+
+
+def _options(row: Row) -> list[tuple[str, str]]:
+    return list(zip(map(str, row["choices"]["label"]), row["choices"]["text"], strict=True))
+
+
+TASK = Task(
+    name="arc_challenge",
+    source={"dataset_path": "allenai/ai2_arc", "config": "ARC-Challenge"},
+    prompt=prompt,
+    completion=completion,
+    answer=answer,
+    extract=extract,
+    splits={
+        "default": official,
+        "steerling": halves_of("validation", 0.5, first="validation", second=None, test="test"),
+    },
+    key=("question", "choices"),
+    # Cut before the closing bracket: the options then differ in their last token alone, and lm-eval scores all of
+    # them in one pass.
+    choices=lambda row: [f"Answer: ({label}" for label, _ in _options(row)],
+    choice_names=lambda row: [label for label, _ in _options(row)],
+)

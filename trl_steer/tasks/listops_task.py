@@ -1,0 +1,68 @@
+"""The two ListOps benchmarks: the published data set, and one that is generated and needs no download.
+
+Train, validation (2000 rows) and test (2000 rows) are the published splits, for us and for the authors' code. The
+generated ones are of the same kind and size, and their scores are comparable with none that are published.
+[`trl_steer.tasks.listops`] has the rules, the prompt and the reading of answers.
+"""
+
+from typing import TYPE_CHECKING
+
+from trl_steer.tasks import listops
+from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.splits import official
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = {"default": official, "steerling": official}
+
+
+def prompt(row: Row) -> str:
+    return listops.prompt(row["Source"])
+
+
+def completion(row: Row) -> str:
+    return listops.completion(row["Target"])
+
+
+def answer(row: Row) -> str:
+    return str(row["Target"])
+
+
+def read_generated(
+    seed: int, train: int, validation: int, test: int, min_tokens: int, max_tokens: int
+) -> dict[str, "Dataset"]:
+    """Splits of the given sizes in the published data set's columns. A split does not depend on those after it."""
+    import datasets
+
+    sizes = {"test": test, "validation": validation, "train": train}
+    expressions = listops.generate_splits(sizes, seed=seed, min_tokens=min_tokens, max_tokens=max_tokens)
+    return {
+        name: datasets.Dataset.from_dict({"Source": drawn, "Target": [listops.evaluate(text) for text in drawn]})
+        for name, drawn in expressions.items()
+    }
+
+
+TASK = Task(
+    name="listops",
+    source={"dataset_path": "fengyang0317/listops-64", "config": None},
+    prompt=prompt,
+    completion=completion,
+    answer=answer,
+    extract=listops.extract,
+    splits=SPLITS,
+    key=("Source",),
+)
+
+# Longer than 16 and shorter than 64 tokens: the ratio of Long Range Arena's bounds, 500 and 2000.
+SYNTHETIC = Task(
+    name="listops_synthetic",
+    source={"seed": 42, "train": 8000, "validation": 2000, "test": 2000, "min_tokens": 17, "max_tokens": 63},
+    prompt=prompt,
+    completion=completion,
+    answer=answer,
+    extract=listops.extract,
+    splits=SPLITS,
+    key=("Source",),
+    read=read_generated,
+)

@@ -1,0 +1,64 @@
+"""Configuration of [`JointOrthSFTTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class JointOrthSFTConfig(SFTConfig):
+    """
+    Configuration class for the [`JointOrthSFTTrainer`].
+
+    Inherits every parameter from [`~trl.SFTConfig`].
+
+    Parameters:
+        orthogonal (`bool`, defaults to `True`):
+            Keep the steering update orthogonal to what LoRA writes into the residual stream. `False` is naive joint
+            training.
+        orthogonal_every (`int`, defaults to `1`):
+            Project after every so many optimizer steps. The constraint holds in everything that is saved anyway.
+        orthogonal_side (`str`, defaults to `"output"`):
+            `"output"` projects `W_up`, as in the paper. `"input"` projects `W_down` instead, as in the code that its
+            authors released.
+        orthogonal_modules (`list[str]`, *optional*):
+            Names, or their endings, of the modules inside a block whose LoRA matrices count. By default the MLP's last
+            linear layer.
+        lora_learning_rate (`float`, *optional*):
+            Learning rate of the LoRA half, `learning_rate` if not given.
+        steering_learning_rate (`float`, *optional*):
+            Learning rate of the steering half, `learning_rate` if not given.
+        steering_weight_decay (`float`, defaults to `0.0`):
+            Weight decay of the steering half.
+    """
+
+    orthogonal: bool = field(
+        default=True, metadata={"help": "Keep steering orthogonal to what LoRA writes. False is naive joint training."}
+    )
+    orthogonal_every: int = field(default=1, metadata={"help": "Project after every so many optimizer steps."})
+    orthogonal_side: str = field(
+        default="output",
+        metadata={"help": "'output' projects W_up (the paper), 'input' W_down.", "choices": ["output", "input"]},
+    )
+    orthogonal_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules inside a block whose LoRA matrices count. Default: the MLP's last linear layer."},
+    )
+    lora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the LoRA half, learning_rate if not given."}
+    )
+    steering_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the steering half, learning_rate if not given."}
+    )
+    steering_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the steering half."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.orthogonal_side not in ("output", "input"):
+            raise ValueError(f"orthogonal_side must be 'output' or 'input', got {self.orthogonal_side!r}.")
+        if self.orthogonal_every < 1:
+            raise ValueError(f"orthogonal_every must be at least 1, got {self.orthogonal_every}.")
+        for name in ("lora_learning_rate", "steering_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")

@@ -1,0 +1,87 @@
+"""The orthogonality constraint as something that a training loop can call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..tuners.joint_steering.pairing import find_pairs
+from ..tuners.joint_steering.projection import ProjectionReport, project_
+
+
+class OrthogonalityConstraint:
+    """
+    Keeps the steering half of a joint adapter orthogonal to what its LoRA half writes into the residual stream.
+
+    Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.2.
+
+    Args:
+        model (`nn.Module`): A model with a joint adapter, before it is sharded.
+        adapter_name (`str`): The adapter.
+        side (`str`, defaults to `"output"`): `"output"` projects `W_up`, `"input"` projects `W_down`.
+        modules (`list[str]`, *optional*): See [`JointOrthSFTConfig`].
+
+    Raises:
+        ValueError: The constraint would be empty, or cannot hold; see [`find_pairs`].
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, side: str = "output", modules: list[str] | None = None):
+        self.adapter_name, self.side = adapter_name, side
+        self.pairs = find_pairs(model, adapter_name, modules)
+        if side == "input" and any(not hasattr(pair.steering.adapters[adapter_name], "down") for pair in self.pairs):
+            raise ValueError("orthogonal_side='input' projects W_down, which steering_type='vector' does not have.")
+
+    def project(self) -> ProjectionReport:
+        """Projects the weights, in place."""
+        return project_(self._matrices(), transposed=self.side == "input")
+
+    def project_gradients(self) -> None:
+        """Projects the gradients, so that the optimizer's momentum does not keep pushing out."""
+        pairs = [(matrices, weight.grad) for matrices, weight in self._matrices() if weight.grad is not None]
+        project_(pairs, transposed=self.side == "input")
+
+    def _matrices(self) -> list[tuple[list[torch.Tensor], nn.Parameter]]:
+        # Read anew each time: FSDP2 replaces the parameters when it shards them.
+        name = self.adapter_name
+        return [(pair.output_matrices(name), pair.steering_matrix(name, self.side)) for pair in self.pairs]
+
+
+class OrthogonalityCallback(TrainerCallback):
+    """
+    Projects after every `every` optimizer steps and after the last one.
+
+    Args:
+        constraint ([`OrthogonalityConstraint`]): The constraint.
+        every (`int`, defaults to `1`): Optimizer steps between projections.
+
+    Attributes:
+        report (`dict[str, float]`): What projecting did since the last time it was taken with [`take_report`].
+    """
+
+    def __init__(self, constraint: OrthogonalityConstraint, every: int = 1):
+        self.constraint, self.every = constraint, every
+        self.report: dict[str, float] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs: Any):
+        self.constraint.project_gradients()
+
+    def on_optimizer_step(self, args, state, control, **kwargs: Any):
+        if (state.global_step + 1) % self.every == 0:
+            self.project()
+
+    def on_train_end(self, args, state, control, **kwargs: Any):
+        self.project()
+
+    def project(self) -> None:
+        done = self.constraint.project()
+        self.report = {
+            "steering_overlap": max(self.report.get("steering_overlap", 0.0), done.max_overlap),
+            "steering_norm_kept": min(self.report.get("steering_norm_kept", 1.0), done.kept_norm),
+        }
+
+    def take_report(self) -> dict[str, float]:
+        report, self.report = self.report, {}
+        return report

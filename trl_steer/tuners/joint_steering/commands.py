@@ -1,0 +1,37 @@
+"""`trl-steer split` and `trl-steer join`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .folders import join_adapters, split_adapter
+
+
+def split(argv: Sequence[str] | None = None, prog: str = "trl-steer split") -> int:
+    """Writes the two halves of a joint adapter; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description="Write the two halves of a joint adapter.")
+    parser.add_argument("folder", help="folder or Hub id of the joint adapter")
+    parser.add_argument("--lora", type=Path, required=True, metavar="OUT", help="folder for the LoRA half")
+    parser.add_argument("--steering", type=Path, required=True, metavar="OUT", help="folder for the steering half")
+    args = parser.parse_args(argv)
+    return _run(prog, lambda: split_adapter(args.folder, args.lora, args.steering))
+
+
+def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int:
+    """Joins a LoRA and a steering adapter; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description="Join a LoRA and a steering adapter into one.")
+    parser.add_argument("--lora", required=True, metavar="FOLDER", help="folder or Hub id of the LoRA adapter")
+    parser.add_argument("--steering", required=True, metavar="FOLDER", help="folder or Hub id of the steering adapter")
+    parser.add_argument("folder", type=Path, help="folder for the joint adapter")
+    args = parser.parse_args(argv)
+    return _run(prog, lambda: join_adapters(args.lora, args.steering, args.folder))
+
+
+def _run(prog: str, action: Callable[[], None]) -> int:
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0

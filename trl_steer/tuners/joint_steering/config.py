@@ -1,0 +1,124 @@
+"""Configuration of joint adaptation: LoRA and post-block steering in one adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..post_block_steering import PostBlockSteeringConfig
+
+# Fields of the steering half that say where and how to steer. The rest (`modules_to_save`, the base model, ...) is of
+# the adapter as a whole and stays at the top level.
+STEERING_FIELDS = tuple(
+    f.name
+    for f in fields(PostBlockSteeringConfig)
+    if f.name not in {base.name for base in fields(PeftConfig)} | {"modules_to_save", "trainable_token_indices"}
+)
+
+
+@dataclass
+class JointSteeringConfig(LoraConfig):
+    """
+    Configuration of a [`JointSteeringModel`]: LoRA on the linear layers inside the blocks and post-block steering on
+    the blocks, trained together.
+
+    Every option of [`~peft.LoraConfig`] is at the top level and keeps its meaning and its default, but for
+    `target_modules`, which is every linear layer inside the blocks. The steering half is a nested plain dictionary.
+
+    [`JointOrthSFTTrainer`] keeps the two in orthogonal output subspaces. What it constrains is the column space of
+    LoRA's `B`. With `use_dora=True` the rows of `B A` are rescaled afterwards, and the base weight's rows with them,
+    so the constraint covers the low-rank direction before that rescaling. `use_rslora` changes only a factor.
+
+    Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), sections 4.1 and 5.2.
+
+    Args:
+        steering (`dict` or [`PostBlockSteeringConfig`], *optional*):
+            The steering half, as a dictionary of [`PostBlockSteeringConfig`]'s fields: `r`, `steering_type`,
+            `activation`, `scaling`, `dropout`, `init_weights`, `init_scale`, `target_modules`, `exclude_modules`,
+            `layers_to_transform`. Fields left out have their defaults.
+
+    Raises:
+        ValueError: `steering` has unknown fields, or a value that [`PostBlockSteeringConfig`] refuses.
+        TypeError: `steering` is neither a dictionary nor a [`PostBlockSteeringConfig`].
+    """
+
+    steering: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "The steering half: fields of PostBlockSteeringConfig."}
+    )
+
+    # Read from an adapter's folder, so the weights come from there too and none need be drawn. Not a field.
+    weights_follow = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        config = super().from_pretrained(*args, **kwargs)
+        config.weights_follow = True
+        return config
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType["JOINT_STEERING"]  # ours, see trl_steer.registration
+        if isinstance(self.steering, PostBlockSteeringConfig):
+            self.steering = steering_dict(self.steering)
+        if not isinstance(self.steering, dict):
+            raise TypeError(
+                "steering must be a dictionary of PostBlockSteeringConfig's fields or such a configuration, got "
+                f"{self.steering!r} of type {type(self.steering).__name__}."
+            )
+        unknown = sorted(set(self.steering) - set(STEERING_FIELDS))
+        if unknown:
+            raise ValueError(f"steering has unknown fields {unknown}; it can have {sorted(STEERING_FIELDS)}.")
+        # Complete and checked, in the plain types that JSON knows.
+        self.steering = steering_dict(PostBlockSteeringConfig(**self.steering))
+
+    @classmethod
+    def from_parts(cls, lora: LoraConfig, steering: PostBlockSteeringConfig | dict | None = None):
+        """
+        Joins a LoRA and a steering configuration.
+
+        Args:
+            lora ([`~peft.LoraConfig`]): The LoRA half. Its own fields stay at the top level.
+            steering ([`PostBlockSteeringConfig`] or `dict`, *optional*): The steering half, defaults if not given.
+
+        Raises:
+            ValueError: Both halves have `modules_to_save` or `trainable_token_indices`, and they differ.
+        """
+        values = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
+        if isinstance(steering, PostBlockSteeringConfig):
+            for name in ("modules_to_save", "trainable_token_indices"):
+                ours, theirs = values.get(name), getattr(steering, name)
+                if ours and theirs and ours != theirs:
+                    raise ValueError(f"Both halves have {name}, and they differ: {ours} and {theirs}.")
+                values[name] = ours or theirs
+        return cls(**values, steering=cast(dict, {} if steering is None else steering))
+
+    def steering_config(self) -> PostBlockSteeringConfig:
+        """The steering half as a configuration of its own, for the same base model and task."""
+        shared = {f.name: getattr(self, f.name) for f in fields(PeftConfig) if f.init and f.name != "peft_type"}
+        config = PostBlockSteeringConfig(**shared, **self.steering)
+        config.weights_follow = self.weights_follow
+        return config
+
+    @property
+    def scaling(self) -> float:
+        """Strength of the steering half, which [`set_scaling`] turns. LoRA's is `lora_alpha`."""
+        return self.steering["scaling"]
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.steering["scaling"] = value
+
+    def lora_config(self) -> LoraConfig:
+        """The LoRA half as a configuration of its own, which loads without this package."""
+        return LoraConfig(
+            **{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
+        )
+
+
+def steering_dict(config: PostBlockSteeringConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in STEERING_FIELDS}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

@@ -1,0 +1,144 @@
+"""Which LoRA matrices a steering update has to stay orthogonal to, found by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ..blocks import linear_layers, out_features
+from ..post_block_steering import PostBlockSteeringLayer
+
+# A norm of this name in a block sits between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, ...). Blocks
+# that have it have `post_attention_layernorm` in the same place after the attention; in other blocks that name is the
+# MLP's input norm.
+_NORM_AFTER_MLP = "post_feedforward_layernorm"
+_NORM_AFTER_ATTENTION = "post_attention_layernorm"
+
+
+@dataclass
+class Pair:
+    """A steered block and the LoRA layers that write into the residual stream there.
+
+    Attributes:
+        name (`str`): Name of the block.
+        steering ([`PostBlockSteeringLayer`]): Its steering layer.
+        writers (`list[tuple[LoraLayer, torch.Tensor | None]]`):
+            LoRA layers, each with the gain (d,) of the norm between it and the residual addition, if there is one.
+    """
+
+    name: str
+    steering: PostBlockSteeringLayer
+    writers: list[tuple[LoraLayer, torch.Tensor | None]]
+
+    def output_matrices(self, adapter_name: str) -> list[torch.Tensor]:
+        """The matrices (d, r_lora) whose columns span what LoRA can write: `B`, or `diag(gamma) B` before a norm."""
+        matrices = []
+        for lora, gain in self.writers:
+            layers: Any = lora.lora_B
+            B = layers[adapter_name].weight.detach()
+            if gain is not None:
+                gain = gain.to(B.device, torch.float32).unsqueeze(1)
+                B = B.float() * (
+                    distribute_tensor(gain, B.device_mesh, [Shard(0)]) if isinstance(B, DTensor) else gain
+                )
+            matrices.append(B)
+        return matrices
+
+    def steering_matrix(self, adapter_name: str, side: str) -> nn.Parameter:
+        """`W_up` (d, r) or the vector (d,) for `side="output"`, `W_down` (r, d) for `"input"`."""
+        adapter: Any = self.steering.adapters[adapter_name]
+        if side == "input":
+            return adapter.down
+        return adapter.up if hasattr(adapter, "up") else adapter.vector
+
+
+def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | None = None) -> list[Pair]:
+    """
+    Pairs each steered block with the LoRA layers that write into the residual stream there.
+
+    Args:
+        model (`nn.Module`): A model with a joint adapter.
+        adapter_name (`str`): The adapter.
+        modules (`Sequence[str]`, *optional*):
+            Names, or their endings, of the modules inside a block to pair with. By default the MLP's last linear
+            layer: the last one of the block, outside of its attention, whose output has the width of the residual
+            stream.
+
+    Raises:
+        ValueError: There is nothing to pair with, LoRA misses it, or its rank leaves no room for steering.
+    """
+    pairs = []
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, PostBlockSteeringLayer) or adapter_name not in layer.adapters:
+            continue
+        block, name = layer.get_base_layer(), layer_name.rpartition(".")[0]
+        linears = [n for n, linear in linear_layers(block).items() if out_features(linear) == layer.hidden_size]
+        wanted = linears if modules is not None else [n for n in linears if not _in_attention(n)][-1:]
+        if modules is not None:
+            wanted = [n for n in linears if any(n == m or n.endswith(f".{m}") for m in modules)]
+        if not wanted:
+            raise ValueError(
+                f"{name} has no linear layer to keep steering orthogonal to: "
+                + (
+                    f"none of its linear layers of width {layer.hidden_size} is called {list(modules)}. "
+                    f"They are {linears}."
+                    if modules is not None
+                    else f"outside of its attention, none has an output of width {layer.hidden_size}. Name one with "
+                    "orthogonal_modules, or set orthogonal=False."
+                )
+            )
+        writers = [
+            (block.get_submodule(n), _gain_after(block, n))
+            for n in wanted
+            if _has_adapter(block.get_submodule(n), adapter_name)
+        ]
+        _check_rank(name, layer, adapter_name, writers)
+        pairs.append(Pair(name, layer, writers))  # type: ignore[arg-type]
+    if not pairs:
+        raise ValueError(f"Adapter {adapter_name!r} steers no block of this model, so there is nothing to constrain.")
+    if not any(pair.writers for pair in pairs):
+        raise ValueError(
+            f"LoRA adapter {adapter_name!r} targets none of the modules that write into the residual stream "
+            f"({'the last linear layer of the MLPs' if modules is None else list(modules)}), so the constraint would "
+            "be empty. Add them to target_modules, choose others with orthogonal_modules, or set orthogonal=False."
+        )
+    return [pair for pair in pairs if pair.writers]
+
+
+def _in_attention(name: str) -> bool:
+    return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+@torch.no_grad()
+def _gain_after(block: nn.Module, name: str) -> torch.Tensor | None:
+    """What the norm after a module multiplies each feature by, (d,), or `None` where there is no such norm."""
+    if not hasattr(block, _NORM_AFTER_MLP):
+        return None
+    norm: Any = getattr(block, _NORM_AFTER_ATTENTION if _in_attention(name) else _NORM_AFTER_MLP, None)
+    if norm is None:
+        return None
+    if isinstance(norm, nn.LayerNorm):
+        return norm.weight.detach().clone()
+    # An RMS norm keeps a vector of ones but for its gain, which Gemma's stores minus one.
+    return norm(torch.ones_like(norm.weight, dtype=torch.float32)[None])[0]
+
+
+def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, LoraLayer) and adapter_name in module.lora_B
+
+
+def _check_rank(name: str, layer: PostBlockSteeringLayer, adapter_name: str, writers: list) -> None:
+    rank = sum(lora.r[adapter_name] for lora, _ in writers)
+    steering = getattr(layer.adapters[adapter_name], "up", None)
+    needed = 1 if steering is None else steering.shape[1]
+    if rank + needed > layer.hidden_size:
+        raise ValueError(
+            f"In {name} LoRA's rank {rank} and steering's rank {needed} together exceed the hidden size "
+            f"{layer.hidden_size}, so no orthogonal complement is left to steer in. Lower one of the ranks."
+        )

@@ -1,0 +1,197 @@
+r"""The orthogonality constraint: steering learns outside of the column space of LoRA's output matrix.
+
+For each block, with `B` (d, r_lora) LoRA's output matrix of the module that writes into the residual stream and `Q` an
+orthonormal basis of its column space, `W_up <- (I - Q Q^T) W_up` (arXiv 2603.00425, section 5.2).
+
+No d x d matrix is formed. With `G = B^T B = V L V^T` on the eigenvalues above the rank tolerance, `Q = B V L^{-1/2}`
+is never formed either: `Q^T W = L^{-1/2} V^T (B^T W)`. All of this is in float64, and is repeated until what is left
+of `W` is orthogonal relative to its own size, which is at the second look unless `B` is very ill-conditioned. Where
+the rows of `B` and `W` are sharded (FSDP2), only r x r sums cross the wire.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+# Singular values of B below this fraction of the largest are no directions of its column space, only rounding.
+RANK_TOLERANCE = 1e-7
+# Two do unless B is close to the rank tolerance, where each gains about two digits.
+_MAX_PASSES = 8
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ProjectionReport(NamedTuple):
+    """What a projection did.
+
+    Attributes:
+        max_overlap (`float`): Largest `max |Q^T W| / ||W||` over the blocks, before projecting.
+        kept_norm (`float`): Norm of all `W` together after projecting, as a share of that before. 1 if all were zero.
+    """
+
+    max_overlap: float
+    kept_norm: float
+
+
+def project_out(
+    W: torch.Tensor, B: torch.Tensor, eps: float, reduce: Reduce | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(I - Q Q^T) W`, with `Q` an orthonormal basis of the column space of `B`.
+
+    Singular values of `B` up to `RANK_TOLERANCE` times the largest do not count, so `B = 0` removes nothing. A `W`
+    that is already orthogonal to rounding is returned as it is: projecting again changes no bit.
+
+    Args:
+        W (`torch.Tensor`): (blocks, d, r), any floating point dtype; with `reduce`, the local rows of it.
+        B (`torch.Tensor`): (blocks, d, s), likewise.
+        eps (`float`): Rounding of the dtype that the result will be stored in, `torch.finfo(dtype).eps`.
+        reduce (`Callable`, *optional*): Sums a tensor over the processes that hold the other rows.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`:
+            The projected `W` in float64, and `max |Q^T W| / ||W||` (blocks,) as it was before.
+    """
+    B = B.double()
+    eigenvalues, vectors = torch.linalg.eigh(_sum(B.mT @ B, reduce))
+    largest = eigenvalues[..., -1:]
+    kept = (eigenvalues > RANK_TOLERANCE**2 * largest) & (largest > 0)
+    to_basis = vectors * (torch.where(kept, eigenvalues, 1.0).rsqrt() * kept).unsqueeze(-2)  # Q = B @ to_basis
+
+    original = projected = W.double()
+    before = None
+    for _ in range(_MAX_PASSES):
+        norm = _sum(projected.square().sum((-2, -1)), reduce).sqrt()
+        coefficients = to_basis.mT @ _sum(B.mT @ projected, reduce)
+        overlap = coefficients.abs().amax((-2, -1)) / torch.where(norm > 0, norm, 1.0)
+        if before is None:
+            before = overlap
+            fine = before <= eps
+        else:
+            fine = overlap <= eps / 64
+        if fine.all():
+            break
+        projected = projected - B @ (to_basis @ coefficients)
+    assert before is not None
+    return torch.where((before <= eps)[:, None, None], original, projected), before
+
+
+@torch.no_grad()
+def project_(
+    pairs: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]], transposed: bool = False
+) -> ProjectionReport:
+    """Projects many matrices in place, those of equal shape in one batch.
+
+    Args:
+        pairs (`Sequence`):
+            For each block the matrices `B` (d, r_lora), whose column spaces together are removed, and `W` (d, r).
+            A vector (d,) counts as one column. Plain tensors, or `DTensor`s sharded by rows over one mesh dimension.
+        transposed (`bool`, defaults to `False`): `W` is (r, d), and is multiplied from the right instead.
+
+    Raises:
+        ValueError: A `DTensor` is laid out in a way that would need gathering.
+    """
+    batches: dict[tuple, list[tuple[torch.Tensor, _Local]]] = defaultdict(list)
+    for matrices, weight in pairs:
+        local = _Local.of(weight, transposed)
+        parts = [_local_rows(matrix, local.mesh) for matrix in matrices]
+        columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        batches[(columns.shape, local.tensor.shape, local.tensor.dtype, columns.device)].append((columns, local))
+    overlaps, before, after = [], [], []
+    for batch in batches.values():
+        reduce = batch[0][1].reduce()
+        W = _stack([local.tensor for _, local in batch])
+        eps = torch.finfo(batch[0][1].tensor.dtype).eps
+        projected, overlap = project_out(W, _stack([columns for columns, _ in batch]), eps, reduce)
+        overlaps.append(overlap.max())
+        before.append(_sum(W.square().sum(), reduce))
+        after.append(_sum(projected.double().square().sum(), reduce))
+        for (_, local), result in zip(batch, projected, strict=True):
+            local.write(result)
+    if not overlaps:
+        return ProjectionReport(0.0, 1.0)
+    norm_before, norm_after = (float(torch.stack(values).sum().sqrt()) for values in (before, after))
+    return ProjectionReport(float(torch.stack(overlaps).max()), norm_after / norm_before if norm_before > 0 else 1.0)
+
+
+class _Local(NamedTuple):
+    """The rows of a weight that this process holds, as (rows, r), and the way back."""
+
+    tensor: torch.Tensor
+    weight: Any
+    mesh: Any
+    transposed: bool
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, transposed: bool) -> _Local:
+        if not isinstance(weight, DTensor):
+            return cls(_as_columns(weight, transposed), weight, None, transposed)
+        # An all-to-all, not a gather: each process keeps 1/n of the matrix.
+        rows = weight.redistribute(placements=[Shard(1)]) if transposed else weight
+        _check_layout(rows, Shard(1 if transposed else 0))
+        return cls(_as_columns(rows.to_local(), transposed), weight, weight.device_mesh, transposed)
+
+    def reduce(self) -> Reduce | None:
+        if self.mesh is None:
+            return None
+        group = self.mesh.get_group()
+
+        def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.contiguous()
+            torch.distributed.all_reduce(tensor, group=group)
+            return tensor
+
+        return all_reduce
+
+    def write(self, rows: torch.Tensor) -> None:
+        rows = rows.mT if self.transposed else rows.view(-1) if self.weight.dim() == 1 else rows
+        if self.mesh is None:
+            self.weight.copy_(rows)
+        elif self.transposed:
+            sharded = DTensor.from_local(
+                rows.contiguous(), self.mesh, [Shard(1)], shape=self.weight.shape, stride=self.weight.stride()
+            )
+            self.weight.to_local().copy_(sharded.redistribute(placements=self.weight.placements).to_local())
+        else:
+            self.weight.to_local().copy_(rows)
+
+
+def _as_columns(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    if transposed:
+        return weight.mT
+    return weight.unsqueeze(1) if weight.dim() == 1 else weight
+
+
+def _local_rows(matrix: torch.Tensor, mesh) -> torch.Tensor:
+    if mesh is None:
+        if isinstance(matrix, DTensor):
+            raise ValueError("LoRA's matrices are sharded but the steering factors are not; shard both or neither.")
+        return matrix
+    if not isinstance(matrix, DTensor) or matrix.device_mesh != mesh:
+        raise ValueError("The steering factors and LoRA's matrices must be sharded over the same device mesh.")
+    _check_layout(matrix, Shard(0))
+    return matrix.to_local()
+
+
+def _check_layout(tensor: DTensor, wanted: Shard) -> None:
+    if tensor.device_mesh.ndim != 1 or tensor.placements[0] != wanted:
+        raise ValueError(
+            f"Cannot project a matrix laid out as {tensor.placements} over a mesh of {tensor.device_mesh.ndim} "
+            "dimensions without gathering it; FSDP2 over one mesh dimension (rows sharded) is supported."
+        )
+
+
+def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stacked in float64, with one copy."""
+    stacked = torch.empty((len(matrices), *matrices[0].shape), dtype=torch.float64, device=matrices[0].device)
+    for row, matrix in zip(stacked, matrices, strict=True):
+        row.copy_(matrix)
+    return stacked
+
+
+def _sum(tensor: torch.Tensor, reduce: Reduce | None) -> torch.Tensor:
+    return tensor if reduce is None else reduce(tensor)
