@@ -5,11 +5,17 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-# name -> (module with `main(argv, prog)`, one line of help). A module is imported only when its command is asked for.
+# name -> (module:function called with `(argv, prog)`, one line of help). Imported only when the command is asked for.
 COMMANDS = {
-    "demo": ("trl_steer.demo.run", "train and score a steering adapter on a small real model, in minutes on a CPU"),
-    "sft": ("trl_steer.integrations.trl.sft", "TRL's sft script with a steering adapter"),
-    "lm-eval": ("trl_steer.integrations.lm_eval.launcher", "lm-evaluation-harness with our adapters registered"),
+    "demo": (
+        "trl_steer.demo.run:main",
+        "train and score a steering adapter on a small real model, in minutes on a CPU",
+    ),
+    "sft": ("trl_steer.integrations.trl.sft:main", "TRL's sft script with a steering adapter"),
+    "joint": ("trl_steer.integrations.trl.joint:main", "TRL's sft script with LoRA and steering trained together"),
+    "split": ("trl_steer.tuners.joint_steering.commands:split", "write the two halves of a joint adapter"),
+    "join": ("trl_steer.tuners.joint_steering.commands:join", "join a LoRA and a steering adapter into one"),
+    "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters registered"),
 }
 
 
@@ -26,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(command: str) -> Callable[[Sequence[str], str], int]:
-    return importlib.import_module(COMMANDS[command][0]).main
+    module, _, function = COMMANDS[command][0].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -103,13 +103,13 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
     return parsed
 
 
-def run(trl_arguments: Sequence[Any], steering: PeftConfig | None) -> None:
-    """Runs TRL's script; the adapter is saved to `--output_dir`, as TRL does."""
-    trainer_class = trl.SFTTrainer
+def run(trl_arguments: Sequence[Any], adapter: PeftConfig | None, trainer_class: type | None = None) -> None:
+    """Runs TRL's script, by default with TRL's trainer; the adapter is saved to `--output_dir`, as TRL does."""
+    sft_trainer = trl.SFTTrainer
 
     def make_trainer(**kwargs):
-        kwargs["peft_config"] = steering or kwargs["peft_config"]
-        return trainer_class(**kwargs, callbacks=[DivergenceCallback()])
+        kwargs["peft_config"] = adapter or kwargs["peft_config"]
+        return (trainer_class or sft_trainer)(**kwargs, callbacks=[DivergenceCallback()])
 
     # The script has no argument for an adapter or for callbacks, and looks `SFTTrainer` up in `trl` when it runs.
     trl.SFTTrainer = make_trainer  # type: ignore[misc, assignment]
@@ -117,7 +117,7 @@ def run(trl_arguments: Sequence[Any], steering: PeftConfig | None) -> None:
         with task_as_dataset(trl_arguments) as arguments:
             trl_sft.main(*arguments)
     finally:
-        trl.SFTTrainer = trainer_class  # type: ignore[misc]
+        trl.SFTTrainer = sft_trainer  # type: ignore[misc]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
