@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..post_block_steering import PostBlockSteeringConfig
+from ..post_block_steering.config import PostBlockSteeringConfig, RemembersLoading
 
 # Fields of the steering half that say where and how to steer. The rest (`modules_to_save`, the base model, ...) is of
 # the adapter as a whole and stays at the top level.
@@ -21,7 +21,7 @@ STEERING_FIELDS = tuple(
 
 
 @dataclass
-class JointSteeringConfig(LoraConfig):
+class JointSteeringConfig(RemembersLoading, LoraConfig):
     """
     Configuration of a [`JointSteeringModel`]: LoRA on the linear layers inside the blocks and post-block steering on
     the blocks, trained together.
@@ -49,15 +49,6 @@ class JointSteeringConfig(LoraConfig):
     steering: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "The steering half: fields of PostBlockSteeringConfig."}
     )
-
-    # Read from an adapter's folder, so the weights come from there too and none need be drawn. Not a field.
-    weights_follow = False
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        config = super().from_pretrained(*args, **kwargs)
-        config.weights_follow = True
-        return config
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,8 +15,26 @@ STEERING_TYPES = ("low_rank", "vector")
 _PARAMETRIC_ACTIVATIONS = ("prelu", "xielu")
 
 
+class RemembersLoading:
+    """
+    Mixin for configurations.
+
+    Attributes:
+        weights_follow (`bool`):
+            Whether this was read from an adapter's folder. The weights come from there too, and none need be drawn.
+    """
+
+    weights_follow = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        config = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        config.weights_follow = True
+        return config
+
+
 @dataclass
-class PostBlockSteeringConfig(PeftConfig):
+class PostBlockSteeringConfig(RemembersLoading, PeftConfig):
     r"""
     Configuration of a [`PostBlockSteeringModel`]: a small learned update to the output of every transformer block.
 
@@ -94,15 +112,6 @@ class PostBlockSteeringConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding matrix to train."}
     )
-
-    # Read from an adapter's folder, so the weights come from there too and none need be drawn. Not a field.
-    weights_follow = False
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        config = super().from_pretrained(*args, **kwargs)
-        config.weights_follow = True
-        return config
 
     def __post_init__(self):
         super().__post_init__()
