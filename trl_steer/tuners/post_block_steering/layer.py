@@ -208,11 +208,12 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
             return hidden
         if adapter_names is not None:
             return self._forward_per_sample(hidden, adapter_names)
-        adapters: Any = self.adapters
-        steered = None
+        adapters: Any = self.adapters._modules  # a plain dictionary: this runs for every block of every token
+        merged, steered = self.merged_adapters, None
         for name in self.active_adapters:
-            if name in adapters and name not in self.merged_adapters and not adapters[name].lacks_weights():
-                steered = adapters[name](hidden, steered)
+            adapter = adapters.get(name)
+            if adapter is not None and not adapter.lacks_weights() and name not in merged:
+                steered = adapter(hidden, steered)
         return hidden if steered is None else steered
 
     def _forward_per_sample(self, hidden: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
