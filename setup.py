@@ -1,11 +1,11 @@
-"""What pyproject.toml cannot say: which packages there are, and the `.pth` file at the root of site-packages.
+"""What pyproject.toml cannot say: which packages there are, and the files at the root of site-packages.
 
-`trl_steer_autoload.pth` goes into wheels and editable installs alike; see `trl_steer/autoload.py`. In an editable
-install its finder also maps our packages to the checkout. That stands in for setuptools' own finder, which imports
-`pathlib` and more at every start of the interpreter, whether or not we are used, and nearly doubles its time.
+Those of `trl_steer/site_packages` go into wheels and editable installs alike; see `trl_steer/autoload.py`. In an
+editable install the finder there also maps our packages to the checkout. That stands in for setuptools' own finder,
+which imports `pathlib` and more at every start of the interpreter, whether or not we are used, and nearly doubles its
+time.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,38 +13,38 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
-PTH = Path("trl_steer", "trl_steer_autoload.pth")
+SITE_PACKAGES = sorted(Path("trl_steer", "site_packages").glob("trl_steer_autoload.*"))
 
 # `eval/` and `integrations/` stay at the top of the checkout and install inside the package, so that nothing named
 # `eval` lands in site-packages.
 FOLDERS = {"trl_steer": "trl_steer", "trl_steer.eval": "eval", "trl_steer.integrations": "integrations"}
 
-FIND_FOLDER = (
-    "__import__('importlib.util').util.spec_from_file_location("
-    "name, folders[name] + '/__init__.py', submodule_search_locations=[folders[name]])"
-)
+# What an editable install fills in.
+NO_FOLDERS = "FOLDERS = {}"
 
 
-class BuildPyWithPth(build_py):
+class BuildPyWithAutoload(build_py):
     """The root of `build_lib` becomes the root of site-packages."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            shutil.copy(PTH, self.build_lib)
+            for file in SITE_PACKAGES:
+                shutil.copy(file, self.build_lib)
 
     def get_outputs(self, include_bytecode=True):
-        outputs = super().get_outputs(include_bytecode)
-        return outputs if self.editable_mode else [*outputs, str(Path(self.build_lib) / PTH.name)]
+        copied = [] if self.editable_mode else [str(Path(self.build_lib, file.name)) for file in SITE_PACKAGES]
+        return [*super().get_outputs(include_bytecode), *copied]
 
 
-class EditableWheelWithPth(editable_wheel):
+class EditableWheelWithAutoload(editable_wheel):
     """An editable wheel holds only what its strategy writes and what lies in its unpacked folder."""
 
     def _run_build_commands(self, dist_name, unpacked_wheel, build_lib, tmp_dir):
         outputs = super()._run_build_commands(dist_name, unpacked_wheel, build_lib, tmp_dir)
         if self.mode:  # what a user asks for with `--config-settings editable_mode=strict`
-            shutil.copy(PTH, unpacked_wheel)
+            for file in SITE_PACKAGES:
+                shutil.copy(file, unpacked_wheel)
         return outputs
 
     def _select_strategy(self, name, tag, build_lib):
@@ -61,22 +61,17 @@ class MappedFolders:
         return None
 
     def __call__(self, wheel, files, mapping):
-        wheel.writestr(PTH.name, editable_pth(PTH.read_text(encoding="ascii")))
+        for file in SITE_PACKAGES:
+            text = file.read_text(encoding="utf-8")
+            wheel.writestr(file.name, text if file.suffix == ".pth" else with_folders(text))
 
 
-def editable_pth(line: str) -> str:
-    """The line of the .pth file with a finder that knows our folders, besides what it does for `peft`."""
+def with_folders(source: str) -> str:
+    """The source of the finder, with the folders of the checkout."""
+    if source.count(NO_FOLDERS) != 1:
+        raise ValueError(f"The finder should hold {NO_FOLDERS!r} once, so that an editable install can fill it in.")
     folders = {package: str(Path(folder).resolve()) for package, folder in FOLDERS.items()}
-    start, end = line.index("eval(") + len("eval("), line.rindex(", {}")
-    code = json.loads(line[start:end])
-    for old, new in (
-        ("lambda name, *_:", f"lambda name, *_, folders={folders!a}:"),
-        ("else None", f"else eval({FIND_FOLDER!a}) if name in folders else None"),
-    ):
-        if code.count(old) != 1:
-            raise ValueError(f"{PTH} should hold {old!r} once, so that an editable install can extend it: {code}")
-        code = code.replace(old, new)
-    return line[:start] + json.dumps(code) + line[end:]
+    return source.replace(NO_FOLDERS, f"FOLDERS = {folders!r}")
 
 
 def packages() -> list[str]:
@@ -89,5 +84,5 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir=FOLDERS,
-    cmdclass={"build_py": BuildPyWithPth, "editable_wheel": EditableWheelWithPth},
+    cmdclass={"build_py": BuildPyWithAutoload, "editable_wheel": EditableWheelWithAutoload},
 )

@@ -13,7 +13,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 SITE_PACKAGES = Path("lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
-PTH = "trl_steer_autoload.pth"
+AUTOLOAD = {"trl_steer_autoload.pth", "trl_steer_autoload.py"}
 
 pytestmark = [
     pytest.mark.skipif(not (CHECKOUT / "setup.py").is_file(), reason="needs a checkout"),
@@ -113,12 +113,11 @@ def data_files(source: Path) -> set[str]:
     }
 
 
-def test_top_of_site_packages_holds_our_package_and_the_pth_file_alone(installed):
+def test_top_of_site_packages_holds_our_package_and_the_autoload_files_alone(installed):
     added = {path.name for path in installed.site_packages.iterdir()} - {"dependencies.pth", "__pycache__"}
     (dist_info,) = (name for name in added if name.endswith(".dist-info"))
     assert dist_info.startswith("trl_steer-")
-    assert added - {dist_info} <= {"trl_steer", PTH}
-    assert PTH in added
+    assert added - {dist_info} - {"trl_steer"} == AUTOLOAD
 
 
 def test_every_module_is_found_under_our_name(installed, source):
@@ -167,8 +166,8 @@ def test_peft_knows_our_types_without_importing_us(installed):
     code = """
 import sys
 finders = [getattr(finder, "__name__", "") for finder in sys.meta_path]
-assert finders.count("TrlSteerAutoload") == 1, finders
-assert not [name for name in sys.modules if "steer" in name]
+assert finders.count("trl_steer_autoload") == 1, finders
+assert [name for name in sys.modules if "steer" in name] == ["trl_steer_autoload"]
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 print(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.POST_BLOCK_STEERING].__name__)
@@ -211,7 +210,7 @@ def test_uninstalling_leaves_nothing_behind(kind, source, wheel, tmp_path):
     assert environment.contents() != environment.empty
     environment.pip("uninstall", "--yes", "trl-steer")
     assert environment.contents() == environment.empty
-    assert "TrlSteer" not in environment.run("import sys; print(sys.meta_path)")
+    assert "trl_steer" not in environment.run("import sys; print(sys.meta_path)")
 
 
 def test_wheel_holds_no_bytecode_and_no_tests(wheel):
@@ -229,7 +228,7 @@ def test_wheel_from_the_source_archive_is_the_same(source, wheel, tmp_path):
     again, _ = build("wheel", unpacked, tmp_path / "wheel")
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
-        assert first.read(PTH) == second.read(PTH)
+        assert all(first.read(name) == second.read(name) for name in AUTOLOAD)
 
 
 def test_editable_build_prints_no_warning(source, tmp_path):

@@ -1,11 +1,11 @@
 """Registers our PEFT types when `peft` is imported, by whichever program imports it.
 
 PEFT has no plugin interface. So that stock programs (`lm_eval`, `trl`, a notebook) load our adapter folders without
-importing us, the installed package carries `trl_steer_autoload.pth`. Its one line runs at every start of the
-interpreter, twice in a virtual environment, so it is written to compile fast: it puts a finder on `sys.meta_path` that
-compares one string for every import, and holds what to do for `peft` alone as source code, not compiled before. That
-is to import this module, which puts itself next to that finder, unless the environment variable
-`TRL_STEER_NO_AUTOLOAD=1` says not to.
+importing us, the installed package puts `trl_steer_autoload.pth` into site-packages. Its one line runs at every start
+of the interpreter, twice in a virtual environment, and imports `trl_steer_autoload`, the finder beside it. A module's
+bytecode is cached and runs once; code in the line itself would be compiled at each start. That finder compares one
+string for every import, and for `peft` alone imports this module, which puts itself next to it, unless the
+environment variable `TRL_STEER_NO_AUTOLOAD=1` says not to.
 
 The spec that is returned is the one that every other finder would have given; only its loader's `exec_module` is
 wrapped, so that registration follows the real import. `importlib.util.find_spec("peft")`, which transformers calls
@@ -38,8 +38,8 @@ def install() -> None:
         _register()
     elif ours not in sys.meta_path:
         names = [getattr(finder, "__name__", "") for finder in sys.meta_path]
-        # Directly after the finder of the .pth file: the search that has called it comes to us next.
-        sys.meta_path.insert(names.index("TrlSteerAutoload") + 1 if "TrlSteerAutoload" in names else 0, ours)
+        # Directly after the finder that the .pth file has put there: the search that has called it comes to us next.
+        sys.meta_path.insert(names.index("trl_steer_autoload") + 1 if "trl_steer_autoload" in names else 0, ours)
 
 
 def _register_after_exec(loader) -> None:
