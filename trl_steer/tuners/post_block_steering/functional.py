@@ -14,6 +14,12 @@ from torch import nn
 
 from .layer import PostBlockSteeringLayer, SteeringAdapter
 
+# What the LoRA half of a joint adapter computes is decided by these. PEFT's hot swap asks for equal dropout as well.
+_LORA_FORM = [
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("lora_dropout", "lora_bias", "bias", "fan_in_fan_out"),
+]
+
 
 def set_scaling(model: nn.Module, adapter_name: str, value: float) -> None:
     """
@@ -75,17 +81,18 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
     Raises:
         ValueError:
             There is no such adapter, it is merged or offloaded, or the other one has another form, rank, activation or
-            set of blocks, or broken weights. Nothing has changed then.
+            set of blocks (of a joint adapter also other settings of LoRA), or broken weights. Nothing has changed
+            then.
     """
     adapters = _adapters(model, adapter_name)
     current = model.peft_config[adapter_name]
     new: Any = PeftConfig.from_pretrained(str(path), **kwargs)
-    for field in ("peft_type", "steering_type", "r", "activation", "modules_to_save", "trainable_token_indices"):
-        ours, theirs = _plain(getattr(current, field, None)), _plain(getattr(new, field, None))
-        if ours != theirs and not (field == "r" and current.steering_type == "vector"):
+    form = _form(new)
+    for field, ours in _form(current).items():
+        if ours != form.get(field):
             raise ValueError(
-                f"{path} cannot replace adapter {adapter_name!r}: its {field} is {theirs!r} and {ours!r} is loaded. "
-                "Load it as a further adapter with `load_adapter` instead."
+                f"{path} cannot replace adapter {adapter_name!r}: its {field} is {form.get(field)!r} and {ours!r} is "
+                "loaded. Load it as a further adapter with `load_adapter` instead."
             )
     if any(adapter_name in layer.merged_adapters for layer in _layers(model)):
         raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before replacing it.")
@@ -98,6 +105,19 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
             adapter.dropout = new.dropout
     current.dropout = new.dropout
     set_scaling(model, adapter_name, new.scaling)
+
+
+def _form(config: Any) -> dict[str, Any]:
+    """Fields that decide what the modules of a loaded adapter compute, apart from their weights."""
+    joint = hasattr(config, "steering_config")
+    steering = config.steering_config() if joint else config
+    whole = ["peft_type", "modules_to_save", "trainable_token_indices", *(_LORA_FORM if joint else [])]
+    part = ["steering_type", "r", "activation"]
+    if getattr(steering, "steering_type", None) == "vector":
+        part.remove("r")
+    form = {name: getattr(config, name, None) for name in whole}
+    form |= {f"steering.{name}" if joint else name: getattr(steering, name, None) for name in part}
+    return {name: _plain(value) for name, value in form.items()}
 
 
 def _plain(value: Any) -> Any:

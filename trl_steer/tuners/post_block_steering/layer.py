@@ -92,13 +92,15 @@ class LowRankAdapter(SteeringAdapter):
 
     def forward(self, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
-        down = self.down
+        # Not as attributes, which `nn.Module` would have to search for: a decoded token notices.
+        parameters: Any = self._parameters
+        down, up = parameters["down"], parameters["up"]
         if down.is_meta and not h.is_meta:  # PyTorch's CPU matrix product would return garbage
             raise RuntimeError(
                 "The weights of a steering adapter are offloaded and were not brought back before it ran. If the "
                 "model was dispatched with `preload_module_classes`, leave the class of the blocks out of it."
             )
-        return low_rank_update(h, down, self.up, self.scaling, self.activation, dropout, residual)
+        return low_rank_update(h, down, up, self.scaling, self.activation, dropout, residual)
 
     def extra_repr(self) -> str:
         r, hidden_size = self.down.shape
@@ -208,11 +210,12 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
             return hidden
         if adapter_names is not None:
             return self._forward_per_sample(hidden, adapter_names)
-        adapters: Any = self.adapters._modules  # a plain dictionary: this runs for every block of every token
-        merged, steered = self.merged_adapters, None
-        for name in self.active_adapters:
+        # Plain dictionaries and few calls: this runs for every block of every token, with caches full of weights.
+        adapters: Any = self.adapters._modules
+        active, merged, steered = self._active_adapter, self.merged_adapters, None
+        for name in (active,) if isinstance(active, str) else active:
             adapter = adapters.get(name)
-            if adapter is not None and not adapter.lacks_weights() and name not in merged:
+            if adapter is not None and name not in merged and not (adapter.created_empty and adapter.lacks_weights()):
                 steered = adapter(hidden, steered)
         return hidden if steered is None else steered
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import PostBlockSteeringLayer
+from .saving import auxiliary_keys
 
 
 def check_adapter_tensors(
-    model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], read: dict[str, torch.Tensor]
+    model: nn.Module,
+    adapter_name: str,
+    tensors: dict[str, torch.Tensor],
+    read: dict[str, torch.Tensor],
+    biases: Collection[str] = (),
 ) -> None:
     """Makes sure that `tensors` is this adapter, whole and finite, and nothing that would overwrite the base model.
 
@@ -24,12 +29,16 @@ def check_adapter_tensors(
         adapter_name (`str`): The adapter that is about to be loaded.
         tensors (`dict[str, torch.Tensor]`): What was read, under keys of `model.state_dict()`.
         read (`dict[str, torch.Tensor]`): The same under the keys of the file.
+        biases (`Collection[str]`): Keys of biases of the base model that were trained with the adapter.
 
     Raises:
         ValueError: Tensors are missing, unknown, of another shape, not floating point, or not finite. Each is named.
     """
     state = model.state_dict()
     required = _filter_state_dict_by_key_prefixes(state, _get_tuner_state_dict_key_prefixes(model, adapter_name))
+    for key in biases:
+        prefixed = f"base_model.model.{key}"  # in a file also where the model has no `PeftModel` around it
+        required[prefixed if prefixed in tensors else key] = state[key]
     places = {**_other_saved_tensors(model, state, adapter_name, tensors), **required}
     problems = [
         f"{_file_key(key, adapter_name)} is missing, the model expects shape {tuple(parameter.shape)}"
@@ -89,12 +98,7 @@ def _other_saved_tensors(model: nn.Module, state: dict, adapter_name: str, tenso
 
     PEFT saves the embeddings of a resized vocabulary, always input and output together; one of them alone is a stray.
     """
-    keys = {
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter_name).values()
-    }
+    keys = set(auxiliary_keys(model, adapter_name))
     embeddings = _embeddings(model)
     groups = [
         {key for key in state if key.startswith(f"{name}.")}

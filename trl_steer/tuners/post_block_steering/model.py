@@ -18,6 +18,7 @@ from .functional import adapter_scaling, set_scaling
 from .layer import LAYER_NAME, LowRankAdapter, PostBlockSteeringLayer, VectorAdapter
 from .loading import check_adapter_tensors, keep_until_dispatched
 from .merging import fold
+from .saving import make_others_whole, whole_tensors
 
 
 class PostBlockSteeringModel(BaseTuner):
@@ -114,12 +115,19 @@ class PostBlockSteeringModel(BaseTuner):
         for layer in self._layers():
             layer.move_to_execution_device(adapter_name)
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        make_others_whole(model, adapter_name, state_dict)
+        return whole_tensors(adapter_name, tensors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_adapter_tensors(model, adapter_name, tensors, state_dict)
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases)
         keep_until_dispatched(model, adapter_name, tensors)
         return tensors
 
