@@ -1,4 +1,4 @@
-"""Stock TRL trainers on tiny models: data, arguments and what must hold after training."""
+"""TRL's trainers, and ours, on tiny models: data, arguments and what must hold after training."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from trl import (
     SFTTrainer,
 )
 
-from trl_steer import PostBlockSteeringConfig
+from trl_steer import JointOrthSFTConfig, JointOrthSFTTrainer, PostBlockSteeringConfig
 
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig),
@@ -31,6 +31,7 @@ TRAINERS = {
     "kto": (KTOTrainer, KTOConfig),
     "reward": (RewardTrainer, RewardConfig),
     "rloo": (RLOOTrainer, RLOOConfig),
+    "joint": (JointOrthSFTTrainer, JointOrthSFTConfig),
 }
 
 STEERING = {
@@ -51,7 +52,7 @@ def dataset_for(trainer: str, rows: int = 16) -> Dataset:
     prompts = [user(f"{i} + {i}?") for i in range(rows)]
     right = [assistant(str(2 * i)) for i in range(rows)]
     wrong = [assistant(f"no {i}") for i in range(rows)]
-    if trainer == "sft":
+    if trainer in ("sft", "joint"):
         return Dataset.from_dict({"messages": [p + c for p, c in zip(prompts, right, strict=True)]})
     if trainer in ("grpo", "rloo"):
         return Dataset.from_dict({"prompt": prompts})

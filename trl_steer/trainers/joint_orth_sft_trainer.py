@@ -44,18 +44,15 @@ class JointOrthSFTTrainer(SFTTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = JointOrthSFTConfig(f"{model_name.split('/')[-1]}-JointOrthSFT")
+        if not isinstance(args, JointOrthSFTConfig):
+            raise TypeError(f"args must be a JointOrthSFTConfig, got {type(args).__name__}, which lacks its fields.")
         if not isinstance(model, PeftModel):
             peft_config = _joint_config(peft_config)
         super().__init__(model, args, peft_config=peft_config, **kwargs)
 
         self.projection: OrthogonalityCallback | None = None
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
-        adapter_name = unwrapped.active_adapter
-        if not isinstance(unwrapped.peft_config[adapter_name], JointSteeringConfig):
-            raise TypeError(
-                f"Adapter {adapter_name!r} of the model is a {type(unwrapped.peft_config[adapter_name]).__name__}; "
-                "JointOrthSFTTrainer trains a JointSteeringConfig."
-            )
+        self._adapter_name = adapter_name = _joint_adapter(unwrapped)
         if args.orthogonal:
             self._check_parallelism()
             constraint = OrthogonalityConstraint(
@@ -63,6 +60,16 @@ class JointOrthSFTTrainer(SFTTrainer):
             )
             self.projection = OrthogonalityCallback(constraint, every=args.orthogonal_every)
             self.add_callback(self.projection)
+
+    def train(self, *args, **kwargs):
+        """As in [`~transformers.Trainer`]. The adapter must still be the one that the constraint is about."""
+        active = _joint_adapter(self.accelerator.unwrap_model(self.model))
+        if active != self._adapter_name:
+            raise ValueError(
+                f"The trainer was made for adapter {self._adapter_name!r}, but {active!r} is active now. Call "
+                f"`model.set_adapter({self._adapter_name!r})`, or make a new trainer."
+            )
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in [`~transformers.Trainer`], with the two halves in groups of their own."""
@@ -89,8 +96,8 @@ class JointOrthSFTTrainer(SFTTrainer):
         squares = {"lora_norm": 0.0, "steering_norm": 0.0}
         model: Any = self.model
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                half = "steering_norm" if _is_steering(name) else "lora_norm"
+            half = "steering_norm" if _is_steering(name) else "lora_norm"
+            if parameter.requires_grad and ".lora_" in name:  # which our own leaves begin with too
                 norm: Any = parameter.detach().float().norm()
                 squares[half] += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
         return {name: value**0.5 for name, value in squares.items()}
@@ -123,6 +130,27 @@ def _joint_config(peft_config) -> JointSteeringConfig:
     )
 
 
+def _joint_adapter(model: Any) -> str:
+    """Name of the one adapter that is going to be trained."""
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"JointOrthSFTTrainer trains one adapter, but {model.active_adapters} are active. Choose one with "
+            "`model.set_adapter(name)`."
+        )
+    (name,) = model.active_adapters
+    if not isinstance(model.peft_config[name], JointSteeringConfig):
+        raise TypeError(
+            f"Adapter {name!r} of the model is a {type(model.peft_config[name]).__name__}; JointOrthSFTTrainer trains "
+            "a JointSteeringConfig."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"Adapter {name!r} is frozen. Load it with `PeftModel.from_pretrained(..., is_trainable=True)`, or call "
+            f"`model.set_adapter({name!r})`."
+        )
+    return name
+
+
 def _is_steering(parameter_name: str) -> bool:
     return ".post_block_steering." in parameter_name
 
@@ -132,9 +160,10 @@ def _split_groups(optimizer: torch.optim.Optimizer, model: Any, args: Any) -> No
     steering = {id(parameter) for name, parameter in model.named_parameters() if _is_steering(name)}
     groups, optimizer.param_groups = optimizer.param_groups, []
     for group in groups:
-        lora = {"lr": args.learning_rate if args.lora_learning_rate is None else args.lora_learning_rate}
+        # The group's own rate is `learning_rate`, or what came with `optimizer_cls_and_kwargs`.
+        lora = {"lr": group["lr"] if args.lora_learning_rate is None else args.lora_learning_rate}
         steer = {
-            "lr": args.learning_rate if args.steering_learning_rate is None else args.steering_learning_rate,
+            "lr": group["lr"] if args.steering_learning_rate is None else args.steering_learning_rate,
             "weight_decay": args.steering_weight_decay,
         }
         for is_steering, own in ((False, lora), (True, steer)):

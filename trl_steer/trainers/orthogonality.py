@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from ..tuners.joint_steering.pairing import find_pairs
 from ..tuners.joint_steering.projection import ProjectionReport, project_
+
+logger = logging.getLogger(__name__)
+
+# How orthogonal weights can be once they are rounded: `max |Q^T W| <= BOUND ||W||`.
+BOUND, HALF_PRECISION_BOUND = 1e-5, 1e-2
 
 
 class OrthogonalityConstraint:
@@ -29,14 +36,30 @@ class OrthogonalityConstraint:
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, side: str = "output", modules: list[str] | None = None):
-        self.adapter_name, self.side = adapter_name, side
+        self.model, self.adapter_name, self.side = model, adapter_name, side
         self.pairs = find_pairs(model, adapter_name, modules)
         if side == "input" and any(not hasattr(pair.steering.adapters[adapter_name], "down") for pair in self.pairs):
             raise ValueError("orthogonal_side='input' projects W_down, which steering_type='vector' does not have.")
 
+    def log_bound(self) -> None:
+        """Says how orthogonal the weights will be, which depends on their dtype. TRL keeps those of QLoRA in bf16."""
+        dtype = max((weight.dtype for _, weight in self._matrices()), key=lambda dtype: torch.finfo(dtype).eps)
+        level, bound = logging.INFO, BOUND
+        if torch.finfo(dtype).bits < 32:
+            level, bound = logging.WARNING, HALF_PRECISION_BOUND
+        logger.log(
+            level,
+            f"Steering is kept orthogonal to LoRA up to max |Q^T W| <= {bound:g} ||W||, as its weights are in "
+            f"{str(dtype).removeprefix('torch.')}.",
+        )
+
     def project(self) -> ProjectionReport:
         """Projects the weights, in place."""
         return project_(self._matrices(), transposed=self.side == "input")
+
+    def measure(self) -> ProjectionReport:
+        """What projecting the weights would do."""
+        return project_(self._matrices(), transposed=self.side == "input", write=False)
 
     def project_gradients(self) -> None:
         """Projects the gradients, so that the optimizer's momentum does not keep pushing out."""
@@ -44,7 +67,11 @@ class OrthogonalityConstraint:
         project_(pairs, transposed=self.side == "input")
 
     def _matrices(self) -> list[tuple[list[torch.Tensor], nn.Parameter]]:
-        # Read anew each time: FSDP2 replaces the parameters when it shards them.
+        # FSDP2 replaces the parameters when it shards them, so they are read anew each time. After a forward pass
+        # without a backward one it may have left gathered copies in their place, which it would throw away.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         name = self.adapter_name
         return [(pair.output_matrices(name), pair.steering_matrix(name, self.side)) for pair in self.pairs]
 
@@ -65,6 +92,9 @@ class OrthogonalityCallback(TrainerCallback):
         self.constraint, self.every = constraint, every
         self.report: dict[str, float] = {}
 
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        self.constraint.log_bound()
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs: Any):
         self.constraint.project_gradients()
 
@@ -76,12 +106,17 @@ class OrthogonalityCallback(TrainerCallback):
         self.project()
 
     def project(self) -> None:
-        done = self.constraint.project()
+        self._note(self.constraint.project())
+
+    def take_report(self) -> dict[str, float]:
+        """The report, which starts anew. Without a projection since the last time, what one would do now."""
+        if not self.report:
+            self._note(self.constraint.measure())
+        report, self.report = self.report, {}
+        return report
+
+    def _note(self, done: ProjectionReport) -> None:
         self.report = {
             "steering_overlap": max(self.report.get("steering_overlap", 0.0), done.max_overlap),
             "steering_norm_kept": min(self.report.get("steering_norm_kept", 1.0), done.kept_norm),
         }
-
-    def take_report(self) -> dict[str, float]:
-        report, self.report = self.report, {}
-        return report

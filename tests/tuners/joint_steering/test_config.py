@@ -39,6 +39,20 @@ def test_modules_to_save_of_either_half_belong_to_the_whole():
         )
 
 
+def test_the_task_and_the_base_model_of_either_half_belong_to_the_whole():
+    steering = PostBlockSteeringConfig(task_type="CAUSAL_LM", base_model_name_or_path="base")
+    config = JointSteeringConfig.from_parts(LoraConfig(), steering)
+    assert (config.task_type, config.base_model_name_or_path) == ("CAUSAL_LM", "base")
+    with pytest.raises(ValueError, match="they differ"):
+        JointSteeringConfig.from_parts(LoraConfig(task_type="SEQ_CLS"), steering)
+
+
+@pytest.mark.parametrize("lora", [PostBlockSteeringConfig(), JointSteeringConfig(steering={"r": 4}), None])
+def test_only_a_lora_configuration_can_be_the_lora_half(lora):
+    with pytest.raises(TypeError, match="lora must be a LoraConfig"):
+        JointSteeringConfig.from_parts(lora)
+
+
 @pytest.mark.parametrize(
     ("steering", "error", "message"),
     [

@@ -8,7 +8,7 @@ from model_zoo import tiny_inputs, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, adapter_scaling, set_scaling
+from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, adapter_scaling, hotswap_adapter, set_scaling
 from trl_steer.tuners.joint_steering import join_adapters, split_adapter
 
 FAMILIES = ["llama", "gemma3", "gpt2", "mixtral"]
@@ -111,6 +111,30 @@ def test_halves_split_into_folders_that_add_up_and_join_back(steering, tmp_path)
     assert before.keys() == after.keys()
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_saved_with_the_lora_half_and_missed_when_they_are_gone(bias, tmp_path):
+    model = joint_model("gpt2", bias=bias, target_modules=["c_proj", "c_fc"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")}
+    assert any("c_proj.base_layer" in name for name in trained)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "joint")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "joint")), logits(model))
+
+    split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
+    lora = PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "lora")
+    state = lora.state_dict()
+    assert all(torch.equal(state[name], parameter) for name, parameter in trained.items())
+
+    path = tmp_path / "joint" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("c_proj.base_layer.bias"))
+    save_file({k: t for k, t in tensors.items() if k != key}, path)
+    with pytest.raises(ValueError, match=key.replace(".", r"\.") + " is missing"):
+        PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "joint")
+
+
 def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
     joint_model().save_pretrained(tmp_path / "joint")
     (tmp_path / "full").mkdir()
@@ -121,6 +145,45 @@ def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
     with pytest.raises(ValueError, match="a LoraConfig is expected"):
         join_adapters(tmp_path / "joint", tmp_path / "joint", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "joint"]
+
+
+@pytest.mark.parametrize(("lora", "steering"), [("out", "out"), ("out/lora", "out"), ("out", "out/steering")])
+def test_splitting_into_folders_that_share_a_place_writes_nothing(lora, steering, tmp_path):
+    joint_model().save_pretrained(tmp_path / "joint")
+    with pytest.raises(ValueError, match="folders of their own"):
+        split_adapter(tmp_path / "joint", lora=tmp_path / lora, steering=tmp_path / steering)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("half", ["lora_A", "steering", "file", "content"])
+def test_splitting_an_incomplete_adapter_is_refused(half, tmp_path):
+    joint_model().save_pretrained(tmp_path / "joint")
+    path = tmp_path / "joint" / "adapter_model.safetensors"
+    if half == "file":
+        path.unlink()
+    elif half == "content":
+        path.write_bytes(b"nothing of the kind")
+    else:
+        save_file({key: t for key, t in load_file(path).items() if ("steering" in key) == (half == "lora_A")}, path)
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"half; it is not complete|has no adapter|cannot be read"
+    ):
+        split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
+    assert [child.name for child in tmp_path.iterdir()] == ["joint"]
+
+
+def test_joining_two_trained_copies_of_one_module_is_refused(tmp_path):
+    heads = {"modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], **heads)).save_pretrained(tmp_path / "lora")
+    steered = get_peft_model(tiny_model(), PostBlockSteeringConfig(**heads))
+    steered.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        steered.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    steered.save_pretrained(tmp_path / "other")
+    join_adapters(tmp_path / "lora", tmp_path / "same", tmp_path / "joined")
+    with pytest.raises(ValueError, match=r"lm_head\.weight, and their weights differ"):
+        join_adapters(tmp_path / "lora", tmp_path / "other", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("broken", ["lora_B", ".down"])
@@ -201,3 +264,62 @@ def test_the_dial_turns_the_steering_half_only(tmp_path):
     set_scaling(model, "default", 2.0)
     model.save_pretrained(tmp_path / "stronger")
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "stronger")), logits(model))
+
+
+def lora_layers(model):
+    return {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_to_transform_chooses_among_the_default_targets(family):
+    names = lora_layers(get_peft_model(tiny_model(family), JointSteeringConfig(layers_to_transform=[1])))
+    everywhere = lora_layers(get_peft_model(tiny_model(family), JointSteeringConfig()))
+    assert names == {name for name in everywhere if ".1." in name}
+    assert names
+
+
+def test_replicated_blocks_have_both_halves():
+    model = get_peft_model(tiny_model(), JointSteeringConfig(layer_replication=[(0, 2), (1, 3)]))
+    for index in range(4):
+        block = model.base_model.model.model.layers[index]
+        assert hasattr(block.mlp.down_proj, "lora_A")
+        assert hasattr(block, "post_block_steering")
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": ["nonsense"]}, {"layers_to_transform": [7]}, {"exclude_modules": r".*_proj"}]
+)
+def test_a_lora_half_without_a_target_is_refused_and_the_model_stays_as_it_is(lora):
+    base = tiny_model().eval()
+    names = {name for name, _ in base.named_modules()}
+    with pytest.raises(ValueError, match="No module is left for LoRA"):
+        get_peft_model(base, JointSteeringConfig(**lora))
+    assert {name for name, _ in base.named_modules()} == names
+
+
+def test_hot_swapping_replaces_both_halves(tmp_path):
+    torch.manual_seed(3)
+    other = get_peft_model(tiny_model(), config_for(steering="low_rank")).eval()
+    other.peft_config["default"].dropout = 0.25
+    set_scaling(other, "default", 0.5)
+    other.save_pretrained(tmp_path)
+    model = joint_model()
+    assert not torch.equal(logits(model), logits(other))
+    hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(other))
+    assert model.peft_config["default"].steering == other.peft_config["default"].steering
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [("lora_alpha", {"lora_alpha": 32}), ("steering.activation", {"steering": {"r": 2, "activation": "silu"}})],
+)
+def test_hot_swapping_another_form_of_either_half_is_refused(field, other, tmp_path):
+    get_peft_model(tiny_model(), JointSteeringConfig(**{"r": 4, "steering": {"r": 2}, **other})).save_pretrained(
+        tmp_path
+    )
+    model = joint_model()
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"its {field} is"):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)

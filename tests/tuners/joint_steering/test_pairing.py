@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from model_zoo import tiny_model
+from model_zoo import COMMON, tiny_model
 from peft import get_peft_model
+from transformers import Gemma3nForCausalLM, Glm4ForCausalLM
 
 from trl_steer import JointSteeringConfig
 from trl_steer.tuners.joint_steering import find_pairs
@@ -57,6 +58,29 @@ def test_a_norm_before_the_residual_addition_scales_what_reaches_it(family, modu
     torch.testing.assert_close(torch.nn.functional.normalize(matrix.T, dim=1), expected)
 
 
+def tiny(model_cls, **fields):
+    return model_cls(model_cls.config_class(**{**COMMON, "head_dim": 8, **fields}))
+
+
+def test_glm4s_norms_before_the_residual_addition_have_other_names():
+    model = get_peft_model(tiny(Glm4ForCausalLM), JointSteeringConfig(r=4, init_lora_weights=False))
+    block = model.base_model.model.model.layers[0]
+    torch.nn.init.normal_(block.post_mlp_layernorm.weight)
+    torch.nn.init.normal_(block.post_self_attn_layernorm.weight)
+    pair = find_pairs(model, "default", ["down_proj", "o_proj"])[0]
+    gains = [block.post_self_attn_layernorm.weight, block.post_mlp_layernorm.weight]
+    for (lora, _), gain, matrix in zip(pair.writers, gains, pair.output_matrices("default"), strict=True):
+        torch.testing.assert_close(matrix, gain[:, None] * lora.lora_B["default"].weight)
+
+
+def test_a_projection_behind_the_mlp_is_not_taken_for_its_last_layer():
+    fields = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+    sizes = {"num_hidden_layers": 2, "intermediate_size": [48] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    model = get_peft_model(tiny(Gemma3nForCausalLM, **fields, **sizes), JointSteeringConfig(r=4))
+    for (writer,) in writers_of(model):
+        assert writer.endswith("mlp.down_proj")
+
+
 def test_llamas_norm_after_the_attention_is_not_one():
     assert all(norm is None for pair in find_pairs(joint_model(), "default", ["o_proj"]) for _, norm in pair.writers)
 
@@ -76,6 +100,7 @@ def test_blocks_that_lora_leaves_alone_are_left_out():
     [
         ({"target_modules": ["q_proj"]}, None, "the constraint would be empty"),
         ({}, ["nonsense"], r"is called \['nonsense'\]"),
+        ({}, ["down_proj", "o_prj"], r"called \['o_prj'\]"),
         ({"r": 28, "steering": {"r": 8}}, None, "together exceed the hidden size 32"),
         ({"r": 32, "steering": {"steering_type": "vector"}}, None, "no orthogonal complement"),
     ],

@@ -1,12 +1,11 @@
 """The projection against a float64 SVD, on matrices of every kind that training can produce."""
 
-import os
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_in_world
+from sharded_projection import project_sharded_and_whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -73,6 +72,18 @@ def test_what_is_left_of_an_update_inside_the_column_space_is_orthogonal_too(kin
     assert overlap(B, W) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["anywhere", "inside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decades", [6.9, 7.4])
+def test_singular_values_around_the_rank_tolerance_are_told_apart(decades, dtype, inside):
+    r = 40
+    left, right = (torch.linalg.qr(torch.randn(n, r).double()).Q for n in (D, r))
+    B = left * torch.logspace(0, -decades, r, dtype=torch.float64) @ right.T
+    W = (B @ torch.randn(r, 4).double() if inside else torch.randn(D, 4)).to(dtype)
+    project_([([B], W)])
+    assert overlap(B, W) <= BOUNDS[dtype]
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_projecting_again_changes_no_bit(kind, dtype):
@@ -123,6 +134,16 @@ def test_blocks_of_different_shapes_are_projected_each_with_its_own_matrix():
         assert overlap(B, W) <= 1e-5
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_matrices_of_a_diverged_run_are_refused_and_nothing_is_written(value):
+    B, W = torch.randn(D, 4), torch.randn(D, 2)
+    before = W.clone()
+    B[3, 1] = value
+    with pytest.raises(FloatingPointError, match="diverged"):
+        project_([([B], W)])
+    assert torch.equal(W, before)
+
+
 def test_several_matrices_of_a_block_are_removed_together():
     first, second, W = torch.randn(D, 3), torch.randn(D, 5), torch.randn(D, 4)
     project_([([first, second], W)])
@@ -152,30 +173,10 @@ def test_reports_the_overlap_before_and_the_norm_that_is_kept():
     assert report.kept_norm == pytest.approx(0.8)
 
 
-def _sharded_worker(rank, size, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    try:
-        mesh = init_device_mesh("cpu", (size,))
-        results = {}
-        # 47 rows do not divide by two: one process holds one row more.
-        cases = (("output", False, (47, 4)), ("input", True, (4, 47)), ("vector", False, (47,)))
-        for name, transposed, shape in cases:
-            torch.manual_seed(0)
-            B, W = torch.randn(47, 8), torch.randn(shape)
-            sharded = distribute_tensor(W.clone(), mesh, [Shard(0)])
-            report = project_([([distribute_tensor(B, mesh, [Shard(0)])], sharded)], transposed=transposed)
-            whole_report = project_([([B], W)], transposed=transposed)
-            results[name] = (sharded.full_tensor(), W, report, whole_report)
-        if rank == 0:
-            torch.save(results, folder / "results.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_rows_sharded_over_two_processes_give_the_same_projection(tmp_path, unused_tcp_port):
-    mp.spawn(_sharded_worker, args=(2, unused_tcp_port, tmp_path), nprocs=2)
+def test_rows_sharded_over_two_processes_give_the_same_projection(tmp_path):
+    run_in_world(project_sharded_and_whole, 2, tmp_path)
     results = torch.load(tmp_path / "results.pt", weights_only=False)
+    assert len(results) == 4
     for sharded, whole, report, whole_report in results.values():
         torch.testing.assert_close(sharded, whole, atol=1e-7, rtol=0)
         assert report == pytest.approx(whole_report, rel=1e-6)

@@ -76,11 +76,16 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
             steering ([`PostBlockSteeringConfig`] or `dict`, *optional*): The steering half, defaults if not given.
 
         Raises:
-            ValueError: Both halves have `modules_to_save` or `trainable_token_indices`, and they differ.
+            ValueError:
+                Both halves have `modules_to_save`, `trainable_token_indices`, a task type or a base model, and they
+                differ.
+            TypeError: `lora` is not a LoRA configuration, or a joint one, which has a steering half of its own.
         """
+        if not isinstance(lora, LoraConfig) or isinstance(lora, cls):
+            raise TypeError(f"lora must be a LoraConfig, got {type(lora).__name__}.")
         values = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
         if isinstance(steering, PostBlockSteeringConfig):
-            for name in ("modules_to_save", "trainable_token_indices"):
+            for name in ("modules_to_save", "trainable_token_indices", "task_type", "base_model_name_or_path"):
                 ours, theirs = values.get(name), getattr(steering, name)
                 if ours and theirs and ours != theirs:
                     raise ValueError(f"Both halves have {name}, and they differ: {ours} and {theirs}.")
@@ -102,6 +107,15 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
     @scaling.setter
     def scaling(self, value: float) -> None:
         self.steering["scaling"] = value
+
+    @property
+    def dropout(self) -> float:
+        """Dropout of the steering half. LoRA's is `lora_dropout`."""
+        return self.steering["dropout"]
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self.steering["dropout"] = value
 
     def lora_config(self) -> LoraConfig:
         """The LoRA half as a configuration of its own, which loads without this package."""

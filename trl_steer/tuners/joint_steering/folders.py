@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..post_block_steering import PostBlockSteeringConfig
@@ -33,14 +34,19 @@ def split_adapter(folder: str | Path, lora: str | Path, steering: str | Path) ->
         steering (`str` or `Path`): Folder to write the steering half into.
 
     Raises:
-        ValueError: `folder` holds another kind of adapter.
+        ValueError: `folder` holds another kind of adapter, or not both halves of one, or one output lies in the other.
         FileExistsError: A folder to write into exists and is not empty.
     """
     config = _load_config(folder, JointSteeringConfig)
-    tensors = load_peft_weights(str(folder), device="cpu")
     halves: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}
-    for key, tensor in tensors.items():
+    for key, tensor in _load_tensors(folder).items():
         halves[_JOINT_LEAF in key][key.replace(_JOINT_LEAF, _LEAF)] = tensor
+    for name, half in (("LoRA", halves[False]), ("steering", halves[True])):
+        if not half:
+            raise ValueError(f"{folder} holds no weights of a {name} half; it is not complete.")
+    paths = [Path(target).resolve() for target in (lora, steering)]
+    if paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]):
+        raise ValueError(f"The halves need folders of their own, got {lora} and {steering}.")
     lora_config, steering_config = config.lora_config(), config.steering_config()
     steering_config.modules_to_save = steering_config.trainable_token_indices = None
     for target in (lora, steering):
@@ -59,7 +65,9 @@ def join_adapters(lora: str | Path, steering: str | Path, folder: str | Path) ->
         folder (`str` or `Path`): Folder to write the joint adapter into.
 
     Raises:
-        ValueError: An input is another kind of adapter, or they are for different base models.
+        ValueError:
+            An input is another kind of adapter, they are for different base models, or both hold weights of the same
+            other module (`modules_to_save`) and these differ.
         FileExistsError: `folder` exists and is not empty.
     """
     lora_config, steering_config = _load_config(lora, LoraConfig), _load_config(steering, PostBlockSteeringConfig)
@@ -69,8 +77,10 @@ def join_adapters(lora: str | Path, steering: str | Path, folder: str | Path) ->
     config = JointSteeringConfig.from_parts(lora_config, steering_config)
     config.base_model_name_or_path = bases[0] or bases[1]
     config.inference_mode = True
-    tensors = load_peft_weights(str(lora), device="cpu")
-    for key, tensor in load_peft_weights(str(steering), device="cpu").items():
+    tensors = _load_tensors(lora)
+    for key, tensor in _load_tensors(steering).items():
+        if key in tensors and not torch.equal(tensors[key], tensor):
+            raise ValueError(f"Both adapters hold {key}, and their weights differ; only one of them can have it.")
         tensors[key.replace(_LEAF, _JOINT_LEAF)] = tensor
     _check_free(folder)
     _write(folder, config, tensors)
@@ -81,6 +91,17 @@ def _load_config(folder: str | Path, kind: type) -> Any:
     if type(config) is not kind:
         raise ValueError(f"{folder} holds a {type(config).__name__}, a {kind.__name__} is expected.")
     return config
+
+
+def _load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    if Path(folder).is_dir() and not any(
+        Path(folder, name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    ):
+        raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.")
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {folder} cannot be read: {error}.") from error
 
 
 def _check_free(folder: str | Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import onload_layer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from ..blocks import find_blocks, linear_layers
+from ..blocks import block_index, find_blocks, linear_layers
 from ..post_block_steering import PostBlockSteeringConfig, PostBlockSteeringModel
 from ..post_block_steering.layer import PostBlockSteeringLayer
 from .config import JointSteeringConfig, steering_dict
@@ -63,9 +64,15 @@ class JointSteeringModel(PostBlockSteeringModel, LoraModel):  # type: ignore[mis
         return peft_config.steering_config()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict):
-        if peft_config.target_modules is None and not peft_config.target_parameters:
-            peft_config.target_modules = _linears_in_blocks(self.model)
-        return LoraModel._prepare_adapter_config(self, peft_config, model_config)
+        return peft_config  # `target_modules=None` waits for `_prepare_model`, which may replicate blocks
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if peft_config.target_parameters:
+            return
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _linears_in_blocks(model, peft_config.layers_to_transform)
+        _check_lora_targets(peft_config, model)
 
     def _check_target_module_exists(self, peft_config: JointSteeringConfig, key: str):
         steered = PostBlockSteeringModel._check_target_module_exists(self, peft_config, key)
@@ -142,6 +149,21 @@ class JointSteeringModel(PostBlockSteeringModel, LoraModel):  # type: ignore[mis
         self._write_sums(adapter_name, summands)
 
 
-def _linears_in_blocks(model: nn.Module) -> set[str]:
+def _linears_in_blocks(model: nn.Module, layers: list[int] | int | None) -> set[str]:
     """Full names of all linear layers inside the blocks, the default targets of the LoRA half."""
-    return {f"{block}.{name}" for block in find_blocks(model) for name in linear_layers(model.get_submodule(block))}
+    wanted = {layers} if isinstance(layers, int) else layers  # for full names, PEFT itself would not look at them
+    blocks = [block for block in find_blocks(model) if wanted is None or block_index(block) in wanted]
+    return {f"{block}.{name}" for block in blocks for name in linear_layers(model.get_submodule(block))}
+
+
+def _check_lora_targets(config: JointSteeringConfig, model: nn.Module) -> None:
+    """PEFT asks for any target at all, and a block to steer is one."""
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    if not any(LoraModel._check_target_module_exists(config, name) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"No module is left for LoRA with target_modules={targets}, exclude_modules={config.exclude_modules}, "
+            f"layers_to_transform={config.layers_to_transform}. Change these, or use PostBlockSteeringConfig for "
+            "steering alone."
+        )

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ..blocks import linear_layers, out_features
 from ..post_block_steering import PostBlockSteeringLayer
 
-# A norm of this name in a block sits between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, ...). Blocks
-# that have it have `post_attention_layernorm` in the same place after the attention; in other blocks that name is the
-# MLP's input norm.
-_NORM_AFTER_MLP = "post_feedforward_layernorm"
-_NORM_AFTER_ATTENTION = "post_attention_layernorm"
+# A norm of such a name in a block sits between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, GLM 4).
+# Blocks that have it have one in the same place after the attention: the first of those names that there is. In other
+# blocks `post_attention_layernorm` is the MLP's input norm.
+_NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
 
 
 @dataclass
@@ -67,21 +67,24 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
         adapter_name (`str`): The adapter.
         modules (`Sequence[str]`, *optional*):
             Names, or their endings, of the modules inside a block to pair with. By default the MLP's last linear
-            layer: the last one of the block, outside of its attention, whose output has the width of the residual
-            stream.
+            layer whose output has the width of the residual stream; where no module is called an MLP, the last such
+            layer outside of the attention.
 
     Raises:
         ValueError: There is nothing to pair with, LoRA misses it, or its rank leaves no room for steering.
     """
-    pairs = []
+    pairs: list[Pair] = []
+    unknown = set(modules or ())
     for layer_name, layer in model.named_modules():
         if not isinstance(layer, PostBlockSteeringLayer) or adapter_name not in layer.adapters:
             continue
         block, name = layer.get_base_layer(), layer_name.rpartition(".")[0]
         linears = [n for n, linear in linear_layers(block).items() if out_features(linear) == layer.hidden_size]
-        wanted = linears if modules is not None else [n for n in linears if not _in_attention(n)][-1:]
+        outside = [n for n in linears if not _in_attention(n)]
+        wanted = ([n for n in outside if _in_mlp(n)] or outside)[-1:]
         if modules is not None:
-            wanted = [n for n in linears if any(n == m or n.endswith(f".{m}") for m in modules)]
+            wanted = [n for n in linears if any(_is_called(n, m) for m in modules)]
+            unknown -= {m for m in unknown if any(_is_called(n, m) for n in wanted)}
         if not wanted:
             raise ValueError(
                 f"{name} has no linear layer to keep steering orthogonal to: "
@@ -102,6 +105,11 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
         pairs.append(Pair(name, layer, writers))  # type: ignore[arg-type]
     if not pairs:
         raise ValueError(f"Adapter {adapter_name!r} steers no block of this model, so there is nothing to constrain.")
+    if unknown:
+        raise ValueError(
+            f"orthogonal_modules names {sorted(unknown)}, but no steered block has a linear layer called "
+            f"{sorted(unknown)} that writes into the residual stream."
+        )
     if not any(pair.writers for pair in pairs):
         raise ValueError(
             f"LoRA adapter {adapter_name!r} targets none of the modules that write into the residual stream "
@@ -111,22 +119,34 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
     return [pair for pair in pairs if pair.writers]
 
 
+def _is_called(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
 def _in_attention(name: str) -> bool:
     return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+def _in_mlp(name: str) -> bool:
+    """Gemma 3n and Falcon-H1 have further layers that write into the residual stream behind their MLP."""
+    return any(part in ("mlp", "ffn", "feed_forward") for part in name.lower().split("."))
 
 
 @torch.no_grad()
 def _gain_after(block: nn.Module, name: str) -> torch.Tensor | None:
     """What the norm after a module multiplies each feature by, (d,), or `None` where there is no such norm."""
-    if not hasattr(block, _NORM_AFTER_MLP):
-        return None
-    norm: Any = getattr(block, _NORM_AFTER_ATTENTION if _in_attention(name) else _NORM_AFTER_MLP, None)
-    if norm is None:
+    after_mlp = _first_child(block, _NORMS_AFTER_MLP)
+    norm: Any = _first_child(block, _NORMS_AFTER_ATTENTION) if _in_attention(name) else after_mlp
+    if after_mlp is None or norm is None:
         return None
     if isinstance(norm, nn.LayerNorm):
         return norm.weight.detach().clone()
     # An RMS norm keeps a vector of ones but for its gain, which Gemma's stores minus one.
     return norm(torch.ones_like(norm.weight, dtype=torch.float32)[None])[0]
+
+
+def _first_child(block: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    return next((getattr(block, name) for name in names if hasattr(block, name)), None)
 
 
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:

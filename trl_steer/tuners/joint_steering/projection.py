@@ -3,10 +3,11 @@ r"""The orthogonality constraint: steering learns outside of the column space of
 For each block, with `B` (d, r_lora) LoRA's output matrix of the module that writes into the residual stream and `Q` an
 orthonormal basis of its column space, `W_up <- (I - Q Q^T) W_up` (arXiv 2603.00425, section 5.2).
 
-No d x d matrix is formed. With `G = B^T B = V L V^T` on the eigenvalues above the rank tolerance, `Q = B V L^{-1/2}`
-is never formed either: `Q^T W = L^{-1/2} V^T (B^T W)`. All of this is in float64, and is repeated until what is left
-of `W` is orthogonal relative to its own size, which is at the second look unless `B` is very ill-conditioned. Where
-the rows of `B` and `W` are sharded (FSDP2), only r x r sums cross the wire.
+No d x d matrix is formed. With `G = B^T B = V L V^T`, `Q = B V L^{-1/2}` is never formed either:
+`Q^T W = L^{-1/2} V^T (B^T W)`. All of this is in float64, and is repeated until what is left of `W` is orthogonal
+relative to its own size, which is at the second look. Squaring `B` loses half of the digits, so small singular values
+are found in a second round, in what the first one leaves of `B`. Where the rows of `B` and `W` are sharded (FSDP2),
+only r x r sums cross the wire.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 # Singular values of B below this fraction of the largest are no directions of its column space, only rounding.
 RANK_TOLERANCE = 1e-7
-# Two do unless B is close to the rank tolerance, where each gains about two digits.
-_MAX_PASSES = 8
+# Above this fraction of the largest, the Gram matrix of B gives them, and their directions, to eight digits.
+_SURE = 1e-4
+# Two do; float64 would go on for ever.
+_MAX_PASSES = 4
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,33 +59,62 @@ def project_out(
         `tuple[torch.Tensor, torch.Tensor]`:
             The projected `W` in float64, and `max |Q^T W| / ||W||` (blocks,) as it was before.
     """
-    B = B.double()
-    eigenvalues, vectors = torch.linalg.eigh(_sum(B.mT @ B, reduce))
-    largest = eigenvalues[..., -1:]
-    kept = (eigenvalues > RANK_TOLERANCE**2 * largest) & (largest > 0)
-    to_basis = vectors * (torch.where(kept, eigenvalues, 1.0).rsqrt() * kept).unsqueeze(-2)  # Q = B @ to_basis
-
+    B, to_basis = _basis(B.double(), reduce)
     original = projected = W.double()
-    before = None
+    coefficients, before = _overlap(projected, B, to_basis, reduce)
+    untouched = before <= eps
+    if untouched.all():
+        return original, before
     for _ in range(_MAX_PASSES):
-        norm = _sum(projected.square().sum((-2, -1)), reduce).sqrt()
-        coefficients = to_basis.mT @ _sum(B.mT @ projected, reduce)
-        overlap = coefficients.abs().amax((-2, -1)) / torch.where(norm > 0, norm, 1.0)
-        if before is None:
-            before = overlap
-            fine = before <= eps
-        else:
-            fine = overlap <= eps / 64
-        if fine.all():
+        projected = torch.baddbmm(projected, B, to_basis @ coefficients, alpha=-1)
+        coefficients, overlap = _overlap(projected, B, to_basis, reduce)
+        if (overlap <= eps / 64).all():
             break
-        projected = projected - B @ (to_basis @ coefficients)
-    assert before is not None
-    return torch.where((before <= eps)[:, None, None], original, projected), before
+    if untouched.any():
+        projected = torch.where(untouched[:, None, None], original, projected)
+    return projected, before
+
+
+def _overlap(W: torch.Tensor, B: torch.Tensor, to_basis: torch.Tensor, reduce: Reduce | None):
+    """`Q^T W`, and per block its largest entry relative to the norm of `W`."""
+    norm = _norm(W, (-2, -1), reduce)
+    coefficients = to_basis.mT @ _sum(B.mT @ W, reduce)
+    return coefficients, coefficients.abs().amax((-2, -1)) / torch.where(norm > 0, norm, 1.0)
+
+
+def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Q` in two factors, (blocks, d, n) and (blocks, n, n), the first of which is `B` itself if that will do.
+
+    Where a singular value does not count, `Q` has a column of zeros.
+    """
+    gram = _sum(B.mT @ B, reduce)
+    if not torch.isfinite(gram).all():
+        raise FloatingPointError(
+            "LoRA's matrices hold NaN or infinite values: training has diverged. Lower the learning rates, or add a "
+            "warm-up."
+        )
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    largest = eigenvalues[..., -1:]
+    sure = (eigenvalues > _SURE**2 * largest) & (largest > 0)
+    to_basis = _whitening(eigenvalues, vectors, sure)
+    if (sure | (largest <= 0)).all():
+        return B, to_basis
+    Q, rest = B @ to_basis, B
+    for _ in range(2):
+        rest = rest - Q @ _sum(Q.mT @ rest, reduce)
+    eigenvalues, vectors = torch.linalg.eigh(_sum(rest.mT @ rest, reduce))
+    of_rest = rest @ _whitening(eigenvalues, vectors, eigenvalues > RANK_TOLERANCE**2 * largest)
+    Q = torch.cat([Q, of_rest], dim=-1)
+    return Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+
+
+def _whitening(eigenvalues: torch.Tensor, vectors: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return vectors * (torch.where(kept, eigenvalues, 1.0).rsqrt() * kept).unsqueeze(-2)
 
 
 @torch.no_grad()
 def project_(
-    pairs: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]], transposed: bool = False
+    pairs: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]], transposed: bool = False, write: bool = True
 ) -> ProjectionReport:
     """Projects many matrices in place, those of equal shape in one batch.
 
@@ -91,9 +123,11 @@ def project_(
             For each block the matrices `B` (d, r_lora), whose column spaces together are removed, and `W` (d, r).
             A vector (d,) counts as one column. Plain tensors, or `DTensor`s sharded by rows over one mesh dimension.
         transposed (`bool`, defaults to `False`): `W` is (r, d), and is multiplied from the right instead.
+        write (`bool`, defaults to `True`): `False` leaves the matrices alone, and says what projecting would do.
 
     Raises:
         ValueError: A `DTensor` is laid out in a way that would need gathering.
+        FloatingPointError: A `B` holds NaN or infinite values.
     """
     batches: dict[tuple, list[tuple[torch.Tensor, _Local]]] = defaultdict(list)
     for matrices, weight in pairs:
@@ -108,13 +142,14 @@ def project_(
         eps = torch.finfo(batch[0][1].tensor.dtype).eps
         projected, overlap = project_out(W, _stack([columns for columns, _ in batch]), eps, reduce)
         overlaps.append(overlap.max())
-        before.append(_sum(W.square().sum(), reduce))
-        after.append(_sum(projected.double().square().sum(), reduce))
-        for (_, local), result in zip(batch, projected, strict=True):
-            local.write(result)
+        before.append(_norm(W, None, reduce))
+        after.append(_norm(projected, None, reduce))
+        if write:
+            for (_, local), result in zip(batch, projected, strict=True):
+                local.write(result)
     if not overlaps:
         return ProjectionReport(0.0, 1.0)
-    norm_before, norm_after = (float(torch.stack(values).sum().sqrt()) for values in (before, after))
+    norm_before, norm_after = (float(torch.stack(norms).norm()) for norms in (before, after))
     return ProjectionReport(float(torch.stack(overlaps).max()), norm_after / norm_before if norm_before > 0 else 1.0)
 
 
@@ -191,6 +226,11 @@ def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     for row, matrix in zip(stacked, matrices, strict=True):
         row.copy_(matrix)
     return stacked
+
+
+def _norm(tensor: torch.Tensor, dim: tuple[int, ...] | None, reduce: Reduce | None) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(tensor, dim=dim)
+    return norm if reduce is None else reduce(norm.square()).sqrt()
 
 
 def _sum(tensor: torch.Tensor, reduce: Reduce | None) -> torch.Tensor:
