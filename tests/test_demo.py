@@ -12,6 +12,7 @@ from tiny_chat import tiny_model, tiny_tokenizer
 
 from trl_steer.demo import files, model, report, run, settings, task, train
 from trl_steer.tasks import listops
+from trl_steer.trainers.orthogonality import OrthogonalityConstraint
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,20 @@ def test_a_missing_stage_alone_is_repeated(finished, small, tmp_path):
         "lm_eval": files.read_json(folder / "steered.json")["lm_eval"]
     }
     assert adapter_bytes(folder) == adapter_bytes(finished)
+
+
+@pytest.mark.parametrize(("method", "overlaps"), [("joint", True), ("joint_orth", False)])
+def test_joint_methods_train_both_halves(method, overlaps, small, tmp_path):
+    joint = dataclasses.replace(small, method=method, recipe=settings.RECIPES[method])
+    task.write_task(joint, tmp_path / "task")
+    train.train(joint, joint.model, tmp_path / "task", tmp_path / "checkpoints", tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"))
+    trained = {name for name, p in adapted.named_parameters() if p.abs().sum() > 0 and (".up" in name or "_B" in name)}
+    assert any(".up" in name for name in trained)
+    assert any(".lora_B." in name for name in trained)
+    overlap = OrthogonalityConstraint(adapted, "default").project().max_overlap
+    assert (overlap > 1e-3) is overlaps
+    assert (overlap < 1e-5) is not overlaps
 
 
 def test_interrupted_training_resumes_and_ends_in_the_same_adapter(finished, small, tmp_path, monkeypatch):

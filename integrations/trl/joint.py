@@ -15,6 +15,7 @@ from trl.scripts import sft as trl_sft
 
 from trl_steer.integrations.trl.divergence import TrainingDivergedError
 from trl_steer.integrations.trl.sft import DEFAULTS, SteeringArguments, peft_config, run
+from trl_steer.integrations.trl.task_arguments import TaskError, with_task
 from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
 from trl_steer.tuners.joint_steering import JointSteeringConfig
 
@@ -23,10 +24,10 @@ LORA_LEARNING_RATE = 1e-3
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    """TRL's parser of `sft`, with our training arguments in the place of TRL's and one more group for steering."""
+    """TRL's parser of `sft` with `--task`, our training arguments in the place of TRL's, and a group for steering."""
     theirs = trl_sft.make_parser(prog=prog)
     types: list[Any] = [JointOrthSFTConfig if kind is SFTConfig else kind for kind in theirs.dataclass_types]
-    return TrlParser([*types, SteeringArguments], prog=prog)
+    return TrlParser([*with_task(types), SteeringArguments], prog=prog)
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
@@ -53,13 +54,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     name = prog or "trl_steer.integrations.trl.joint"
     try:
         *trl_arguments, arguments = parse(argv, prog)
-        adapter = JointSteeringConfig.from_parts(get_peft_config(trl_arguments[2]), peft_config(arguments))
+        lora: Any = get_peft_config(trl_arguments[2])
+        adapter = JointSteeringConfig.from_parts(lora, peft_config(arguments))
     except (ValueError, FileNotFoundError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     try:
         run(trl_arguments, adapter, trainer_class=JointOrthSFTTrainer)
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, FloatingPointError, TaskError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 EMBEDDED = "embedded"
-Method = Literal["low_rank", "vector", "lora"]
+Method = Literal["low_rank", "vector", "lora", "joint", "joint_orth"]
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 480, 200
 FAST_TRAIN_EXAMPLES, FAST_HELD_OUT_EXAMPLES = 64, 50
 
@@ -17,6 +17,7 @@ class Recipe:
     """Optimizer settings of one method; everything else about training is the same for all of them.
 
     `warmup` is the share of the steps in which the rate grows linearly from 0, as TRL's `warmup_steps` below 1.
+    `steering_learning_rate` is that of the steering half where LoRA, at `learning_rate`, is trained with it.
     """
 
     learning_rate: float
@@ -24,12 +25,18 @@ class Recipe:
     warmup: float = 0.0
     epochs: float = 1.0
     init_scale: float = 1.0
+    steering_learning_rate: float | None = None
 
+
+# Joint training takes the rates that its halves have alone.
+JOINT = Recipe(learning_rate=1e-3, steering_learning_rate=2e-3, scheduler="cosine", warmup=0.1)
 
 RECIPES: dict[Method, Recipe] = {
     "low_rank": Recipe(learning_rate=2e-3, scheduler="cosine", warmup=0.1),
     "vector": Recipe(learning_rate=1e-2, scheduler="cosine", warmup=0.1),
     "lora": Recipe(learning_rate=1e-3, scheduler="cosine", warmup=0.1),
+    "joint": JOINT,
+    "joint_orth": JOINT,
 }
 
 
@@ -57,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Method),
         default="low_rank",
         help="low_rank: post-block steering of rank 8 (default); vector: one learned vector per block; "
-        "lora: PEFT's LoRA of rank 8 on all linear layers, for comparison",
+        "lora: PEFT's LoRA of rank 8 on all linear layers, for comparison; joint: LoRA and low-rank steering trained "
+        "together; joint_orth: the same in orthogonal subspaces",
     )
     parser.add_argument(
         "--fast",

@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,11 +23,14 @@ STATISTICS = "training.json"
 def peft_config(settings: Settings) -> PeftConfig:
     if settings.method == "lora":
         return LoraConfig(r=settings.r, target_modules="all-linear", task_type="CAUSAL_LM")
-    from trl_steer import PostBlockSteeringConfig
+    from trl_steer import JointSteeringConfig, PostBlockSteeringConfig
 
+    if settings.method.startswith("joint"):
+        steering = {"r": settings.r, "init_scale": settings.recipe.init_scale}
+        return JointSteeringConfig(r=settings.r, steering=steering, task_type="CAUSAL_LM")
     return PostBlockSteeringConfig(
         task_type="CAUSAL_LM",
-        steering_type=settings.method,
+        steering_type="vector" if settings.method == "vector" else "low_rank",
         r=settings.r,
         init_scale=settings.recipe.init_scale,
     )
@@ -43,9 +47,10 @@ def train(settings: Settings, model: str, task_folder: Path, checkpoints: Path, 
     """
     torch.manual_seed(settings.seed)
     progress = _Progress()
-    trainer = SFTTrainer(
+    trainer_class, config = _trainer(settings, checkpoints)
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=_sft_config(settings, checkpoints),
+        args=config,
         train_dataset=Dataset.from_list(read_jsonl(task_folder / TRAIN)),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=peft_config(settings),
@@ -64,26 +69,39 @@ def newest_finished_checkpoint(checkpoints: Path) -> str | None:
     return str(max(finished, key=lambda path: int(path.name.split("-")[1]))) if finished else None
 
 
-def _sft_config(settings: Settings, checkpoints: Path) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        seed=settings.seed,
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=settings.recipe.epochs,
-        learning_rate=settings.recipe.learning_rate,
-        lr_scheduler_type=settings.recipe.scheduler,
-        warmup_steps=settings.recipe.warmup,
-        # What TRL does to save memory costs time, and this model is small.
-        gradient_checkpointing=False,
-        bf16=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        max_length=None,
-        logging_steps=5,
-        save_steps=15,
-        save_total_limit=2,
-        include_num_input_tokens_seen="non_padding",
-        report_to="none",
+def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], SFTConfig]:
+    arguments = _training_arguments(settings, checkpoints)
+    if not settings.method.startswith("joint"):
+        return SFTTrainer, SFTConfig(**arguments)
+    from trl_steer import JointOrthSFTConfig, JointOrthSFTTrainer
+
+    return JointOrthSFTTrainer, JointOrthSFTConfig(
+        **arguments,
+        orthogonal=settings.method == "joint_orth",
+        steering_learning_rate=settings.recipe.steering_learning_rate,
     )
+
+
+def _training_arguments(settings: Settings, checkpoints: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(checkpoints),
+        "seed": settings.seed,
+        "per_device_train_batch_size": settings.batch_size,
+        "num_train_epochs": settings.recipe.epochs,
+        "learning_rate": settings.recipe.learning_rate,
+        "lr_scheduler_type": settings.recipe.scheduler,
+        "warmup_steps": settings.recipe.warmup,
+        # What TRL does to save memory costs time, and this model is small.
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "max_length": None,
+        "logging_steps": 5,
+        "save_steps": 15,
+        "save_total_limit": 2,
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": "none",
+    }
 
 
 def _statistics(trainer: SFTTrainer, progress: "_Progress") -> dict:

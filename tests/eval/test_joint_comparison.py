@@ -1,0 +1,66 @@
+"""The comparison of joint adaptation with its parts: what counts as a difference, and that the whole of it runs."""
+
+import json
+
+import pytest
+from tiny_chat import tiny_model, tiny_tokenizer
+
+from trl_steer.eval.experiments import joint_comparison
+from trl_steer.eval.experiments.joint_comparison import METHODS, OURS, difference, verdict
+
+
+def summary(row):
+    return {"differences": {method: row for method in METHODS if method != OURS}}
+
+
+def answers(*shares, total=200):
+    """For each share a list of that many correct answers, the first ones."""
+    return [[index < share * total for index in range(total)] for share in shares]
+
+
+def test_equal_answers_differ_by_nothing():
+    row = difference(answers(0.5, 0.6), answers(0.5, 0.6))
+    assert row["difference"] == 0.0
+    assert row["interval_95_examples"] == [0.0, 0.0]
+    assert row["p_value"] == 1.0
+    assert verdict(summary(row)).count("does not differ beyond noise") == len(METHODS) - 1
+
+
+def test_a_difference_larger_than_both_kinds_of_noise_is_one():
+    ours, theirs = answers(0.6, 0.62, 0.61), answers(0.4, 0.41, 0.42)
+    row = difference(ours, theirs)
+    assert row["difference"] == pytest.approx(0.2)
+    assert row["p_value"] < 1e-6
+    assert row["interval_95_examples"][0] > 0.15
+    assert row["interval_95_seeds"][0] > 0.15
+    assert verdict(summary(row)).count(" beats ") == len(METHODS) - 1
+    assert verdict(summary(difference(theirs, ours))).count(" is worse than ") == len(METHODS) - 1
+
+
+def test_a_difference_that_changes_its_sign_with_the_seed_is_noise():
+    row = difference(answers(0.9, 0.3, 0.6), answers(0.3, 0.6, 0.5))
+    assert row["p_value"] < 0.01
+    assert row["interval_95_seeds"][0] < 0 < row["interval_95_seeds"][1]
+    assert verdict(summary(row)).count("does not differ beyond noise") == len(METHODS) - 1
+
+
+def test_one_seed_says_nothing_about_seeds():
+    assert difference(answers(0.9), answers(0.1))["interval_95_seeds"] == [float("-inf"), float("inf")]
+
+
+def test_it_trains_scores_and_tells_each_method(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results")]
+    joint_comparison.main([*arguments, "--seeds", "3", "--fast", "--model", str(tmp_path / "model")])
+    results = json.loads((tmp_path / "results" / "joint_comparison.json").read_text())
+    assert results["seeds"] == [3]
+    assert set(results["methods"]) == set(METHODS)
+    sizes = {method: row["trainable_parameters"] for method, row in results["methods"].items()}
+    assert sizes["joint"] == sizes["joint_orth"] == sizes["lora"] + sizes["low_rank"]
+    table = (tmp_path / "results" / "joint_comparison.md").read_text()
+    assert all(f"| {name} |" in table for name in METHODS.values())
+    scored = {path.read_text() for path in (tmp_path / "runs").glob("*/base.json")}
+    assert len(scored) == 1
+    adapters = {path.read_bytes() for path in (tmp_path / "runs").glob("*/adapter/adapter_model.safetensors")}
+    assert len(adapters) == len(METHODS)
