@@ -31,7 +31,8 @@ class TaskScriptArguments(ScriptArguments):
     task: str | None = field(
         default=None,
         metadata={
-            "help": f"Train on a benchmark, and evaluate with the lm-eval task steer_TASK: {', '.join(TASKS)}. "
+            "help": f"Train on a task: {', '.join(TASKS)}. What evaluates is the lm-eval task steer_TASK, and "
+            "`trl-steer alpaca-eval` for alpaca. "
             "--dataset_name and --dataset_config then name another copy of its data set."
         },
     )

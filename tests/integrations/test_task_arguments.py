@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from scripted_models import SIX, evaluate
 from tiny_chat import tiny_model, tiny_tokenizer
 
-from trl_steer.integrations.trl import sft
+from trl_steer.integrations.trl import joint, sft
 from trl_steer.integrations.trl.task_arguments import TaskError, TaskScriptArguments
 from trl_steer.tasks import load_task
 
@@ -44,6 +44,15 @@ def test_adapter_trained_on_a_task_is_scored_by_the_task_of_that_name(hub, model
     scores = evaluate(lm, [f"steer_{benchmark}"], limit=2)[f"steer_{benchmark}"]
     assert 0.0 <= scores["exact_match"] <= 1.0
     assert lm.model.peft_config["default"].peft_type == "POST_BLOCK_STEERING"
+
+
+def test_joint_adapter_is_trained_on_a_task_by_name(hub, model_folder, tmp_path):
+    size = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--lora_r", "4", "--steering_r", "2"]
+    where = ["--model_name_or_path", model_folder, "--output_dir", str(tmp_path)]
+    assert joint.main([*where, *ON_CPU, *size, "--task", "boolq"]) == 0
+    lm = HFLM(pretrained=model_folder, peft=str(tmp_path), batch_size=2, device="cpu")
+    assert 0.0 <= evaluate(lm, ["steer_boolq"], limit=2)["steer_boolq"]["exact_match"] <= 1.0
+    assert lm.model.peft_config["default"].peft_type == "JOINT_STEERING"
 
 
 def test_rows_are_those_of_load_task_and_evaluation_is_on_validation(hub):

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from trl_steer.tasks import aqua, arc_challenge, boolq, gsm8k, listops_task, winogrande
+from trl_steer.tasks import alpaca, aqua, arc_challenge, boolq, gsm8k, listops_task, winogrande
 from trl_steer.tasks.base import Task
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 SIX = (boolq.TASK, winogrande.TASK, arc_challenge.TASK, gsm8k.TASK, aqua.TASK, listops_task.TASK)
-TASKS: dict[str, Task] = {task.name: task for task in (*SIX, listops_task.SYNTHETIC)}
+TASKS: dict[str, Task] = {task.name: task for task in (*SIX, listops_task.SYNTHETIC, alpaca.TASK)}
 
 
 def get_task(name: str) -> Task:

@@ -1,0 +1,113 @@
+"""Keys appear nowhere, and site-packages stays as it is."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+import alpaca_judging
+import pytest
+from loopback_judge import LoopbackJudge
+
+from trl_steer.eval.alpaca_eval import cli, package
+from trl_steer.eval.alpaca_eval.redaction import SHOWN, Redactor
+
+KEY = "sk-loopback-5f0c2d1e9b7a4c3d"
+
+
+@pytest.mark.parametrize("fault", [None, "rejected_key", "echo", "500"])
+def test_the_key_is_sent_and_never_written_or_shown(outputs, reference_folder, fault, capfd, caplog):
+    caplog.set_level(logging.DEBUG)
+    with LoopbackJudge(lambda number, instruction: fault if number >= 2 else None) as server:
+        alpaca_judging.judge(outputs, reference_folder, server.url, "--in-flight", "1", "--retries", "1")
+        assert server.keys == {KEY}
+    shown = capfd.readouterr()
+    said = [shown.out, shown.err, caplog.text, *(str(vars(record)) for record in caplog.records)]
+    assert not [text for text in said if KEY in text]
+    files = [path for path in outputs.parent.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("fault", [None, "rejected_key", "echo"])
+def test_generation_does_not_write_or_show_the_key_either(reference_folder, tmp_path, fault, capfd, caplog):
+    caplog.set_level(logging.DEBUG)
+    with LoopbackJudge(lambda number, instruction: fault) as server:
+        arguments = ["--model", "m", "--reference", str(reference_folder), "--output", str(tmp_path / "run")]
+        cli.main(["generate", *arguments, "--endpoint", server.url, "--in-flight", "1", "--limit", "3"])
+        assert server.keys == {KEY}
+    shown = capfd.readouterr()
+    assert KEY not in shown.out + shown.err + caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_key_in_a_yaml_file_is_refused(outputs, reference_folder, judge, tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"mine:\n  completions_kwargs:\n    client_kwargs:\n      api_key: {KEY}\n")
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url, "--judge", str(config)) == 2
+    shown = capsys.readouterr().err
+    assert "environment variable" in shown
+    assert KEY not in shown
+
+
+def test_redaction_reaches_into_containers(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "token-one-of-two,token-two-of-two")
+    redacted = Redactor([KEY])({"a": [f"Bearer {KEY}", {"b": ("x token-two-of-two",)}], KEY: 1})
+    assert redacted == {"a": [f"Bearer {SHOWN}", {"b": [f"x {SHOWN}"]}], SHOWN: 1}
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """Size and time of writing of every file, and the content of the package's own."""
+    found: dict[str, tuple] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in names:
+            status = os.stat(os.path.join(place, name), follow_symlinks=False)
+            found[os.path.join(place, name)] = (status.st_size, status.st_mtime_ns)
+    for path in package.folder().rglob("*"):
+        if str(path) in found:
+            found[str(path)] += (hashlib.sha256(path.read_bytes()).hexdigest(),)
+    return found
+
+
+def test_nothing_is_written_into_site_packages(outputs, reference_folder, judge, tmp_path):
+    site_packages = package.folder().parent
+    before = tree(site_packages)
+    assert str(package.folder() / "main.py") in before
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 0
+    submit = ["submit", str(outputs.parent / "judged"), "--reference", str(reference_folder)]
+    assert cli.main([*submit, "--output", str(tmp_path / "submission"), "--not-comparable"]) == 0
+    assert tree(site_packages) == before
+
+
+def test_redaction_knows_a_key_with_quotes_and_backslashes_in_quoted_form():
+    key = "sk-a\\b'c\"d/e"
+    body = {"error": f"no such key: {key}"}
+    for text in (key, str(body), json.dumps(body), f"https://host/?key={quote(key, safe='')}"):
+        assert "sk-a" not in Redactor([key])(text)
+
+
+def test_a_key_of_seven_characters_is_redacted(outputs, reference_folder, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1234")
+    with LoopbackJudge(lambda number, instruction: "rejected_key") as server:
+        assert alpaca_judging.judge(outputs, reference_folder, server.url) == 1
+    assert "sk-1234" not in capsys.readouterr().err
+
+
+def test_white_space_around_a_key_is_not_sent(outputs, reference_folder, judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url, "--limit", "2") == 0
+    assert judge.keys == {KEY}
+
+
+def test_a_key_that_no_header_can_carry_is_said_before_the_first_call(
+    outputs, reference_folder, judge, monkeypatch, capsys
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-é-0123456789")
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 2
+    shown = capsys.readouterr().err
+    assert "no HTTP header can carry" in shown
+    assert "0123456789" not in shown
+    assert judge.requests == 0

@@ -1,0 +1,152 @@
+"""Results side by side, and the folder for the leaderboard."""
+
+import json
+
+import alpaca_judging
+import alpaca_rows
+import pytest
+import yaml
+from loopback_judge import LoopbackJudge
+
+from trl_steer.eval.alpaca_eval import cli, report
+from trl_steer.eval.alpaca_eval.reference import BASELINE
+
+
+@pytest.fixture
+def judged(outputs, reference_folder, judge):
+    settings = {"model": "some/base", "adapter": "some/adapter", "prompt_text": "Say: {instruction}"}
+    settings |= {"max_new_tokens": 6, "temperature": 0.0, "parameters": {"base": 1000, "adapter": 4}}
+    (outputs.parent / "generation.json").write_text(json.dumps(settings))
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 0
+    return outputs.parent / "judged"
+
+
+def submit(judged, reference_folder, output, *more):
+    arguments = [str(judged), "--reference", str(reference_folder), "--output", str(output)]
+    return cli.main(["submit", *arguments, *more])
+
+
+def test_the_table_shows_every_run_with_its_parameters_and_the_papers_rows(judged, tmp_path, capsys):
+    found = alpaca_judging.result(judged.parent)
+    output, plot = tmp_path / "table.md", tmp_path / "plot.png"
+    arguments = [str(judged.parent), "--paper", "--output", str(output), "--plot", str(plot)]
+    assert cli.main(["report", *arguments]) == 0
+    table = output.read_text()
+    assert table in capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("| my-model *"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "4 (0.400%)"
+    names = ("length_controlled_winrate", "lc_standard_error", "win_rate", "standard_error")
+    assert cells[2:6] == [f"{found[name]:.2f}" for name in names]
+    assert cells[6:] == [str(found["avg_length"]), "24", alpaca_judging.JUDGE]
+    assert "not comparable with the leaderboard" in table
+    assert len([line for line in table.splitlines() if report.PAPER_JUDGE in line]) == 7
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_papers_numbers_are_those_of_its_table():
+    numbers = {(row.lc, row.lc_se, row.parameters) for row in report.PAPER}
+    assert numbers == {
+        (11.49, 0.51, "100%"),
+        (11.34, 0.48, "0.05%"),
+        (11.00, 0.53, "0.05%"),
+        (9.59, 0.40, "0.52%"),
+        (10.52, 0.48, "0.26%"),
+        (10.96, 0.43, "0.05%"),
+        (9.50, 0.49, "0.004%"),
+    }
+
+
+def test_nothing_to_report_is_said(tmp_path, capsys):
+    assert cli.main(["report"]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "holds no result.json" in capsys.readouterr().err
+
+
+def test_a_submission_has_the_files_and_fields_of_the_leaderboard(judged, reference_folder, tmp_path):
+    folder = tmp_path / "submission"
+    assert submit(judged, reference_folder, folder, "--not-comparable", "--pretty-name", "My model") == 0
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "leaderboard_row.csv",
+        "glm_weights_row.csv",
+        "models_configs/my-model/configs.yaml",
+        "models_configs/my-model/prompt.txt",
+        "results/my-model/model_outputs.json",
+        f"results/my-model/{alpaca_judging.JUDGE}/annotations.json",
+    }
+    rows = json.loads((folder / "results/my-model/model_outputs.json").read_text())
+    assert [list(row) for row in rows] == [["dataset", "instruction", "output", "generator"]] * 24
+    baseline = json.loads((reference_folder / BASELINE).read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in baseline]
+    config = yaml.safe_load((folder / "models_configs/my-model/configs.yaml").read_text())["my-model"]
+    assert (config["pretty_name"], config["prompt_template"]) == ("My model", "my-model/prompt.txt")
+    assert (folder / "models_configs/my-model/prompt.txt").read_text() == "Say: {instruction}"
+    header, row = (folder / "leaderboard_row.csv").read_text().splitlines()
+    values = dict(zip(header.split(","), row.split(","), strict=True))
+    found = alpaca_judging.result(judged.parent)
+    assert (values[""], values["mode"], values["n_total"]) == ("my-model", "community", "24")
+    assert float(values["length_controlled_winrate"]) == pytest.approx(found["length_controlled_winrate"], abs=1e-9)
+    assert "Not comparable" in (folder / "README.md").read_text()
+
+
+def test_what_is_not_comparable_is_not_submitted_unasked(judged, reference_folder, tmp_path, capsys):
+    assert submit(judged, reference_folder, tmp_path / "submission") == 2
+    assert "24 of 805 instructions" in capsys.readouterr().err
+    assert not (tmp_path / "submission").exists()
+
+
+def test_a_name_on_the_leaderboard_is_refused(reference_folder, judge, tmp_path, capsys):
+    rows = alpaca_rows.outputs_for(reference_folder, name="NullModel")
+    outputs = alpaca_rows.write_outputs(tmp_path / "run" / "model_outputs.json", rows)
+    alpaca_judging.judge(outputs, reference_folder, judge.url)
+    assert submit(outputs.parent / "judged", reference_folder, tmp_path / "submission", "--not-comparable") == 2
+    assert "on the leaderboard already" in capsys.readouterr().err
+
+
+def test_changed_judgements_are_noticed_by_reading_back(judged, reference_folder, tmp_path, capsys):
+    path = judged / "annotations.json"
+    records = json.loads(path.read_text())
+    records[0]["preference"] = 3 - records[0]["preference"]
+    path.write_text(json.dumps(records))
+    assert submit(judged, reference_folder, tmp_path / "submission", "--not-comparable") == 2
+    assert "reads something else back: win_rate" in capsys.readouterr().err
+    assert not (tmp_path / "submission").exists()
+
+
+def test_what_is_no_number_and_what_is_missing_is_said_in_the_table(outputs, reference_folder, tmp_path, capsys):
+    with LoopbackJudge(lambda number, instruction: "400" if instruction.endswith("number 0.") else None) as server:
+        alpaca_judging.judge(outputs, reference_folder, server.url, "--limit", "2")
+        capsys.readouterr()
+        assert cli.main(["report", str(outputs.parent), "--plot", str(tmp_path / "plot.png")]) == 0
+        shown = capsys.readouterr().out
+        assert "| my-model * |  | **NaN** | **NaN** |" in shown
+        assert "INCOMPLETE: 1 rows have no judgement; 1 of 805 instructions" in shown
+        assert submit(outputs.parent / "judged", reference_folder, tmp_path / "submission", "--not-comparable") == 2
+    assert "the result has no number for standard_error" in capsys.readouterr().err
+
+
+def test_outputs_that_changed_after_judging_are_neither_submitted_nor_reported(
+    judged, outputs, reference_folder, judge, tmp_path, capsys
+):
+    rows = json.loads(outputs.read_text())
+    rows[3]["output"] = "Something else."
+    outputs.write_text(json.dumps(rows))
+    assert submit(judged, reference_folder, tmp_path / "submission", "--not-comparable") == 2
+    assert "have changed since they were judged" in capsys.readouterr().err
+    with LoopbackJudge(lambda number, instruction: "no_logprobs") as another:
+        assert alpaca_judging.judge(outputs, reference_folder, another.url) == 1
+    assert cli.main(["report", str(judged)]) == 2
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 0
+    assert judge.requests == 25
+    assert submit(judged, reference_folder, tmp_path / "submission", "--not-comparable") == 0
+
+
+def test_a_run_that_got_another_name_can_be_submitted(judged, outputs, reference_folder, judge, tmp_path):
+    outputs.write_text(json.dumps([{**row, "generator": "renamed"} for row in json.loads(outputs.read_text())]))
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 0
+    assert judge.requests == 24
+    assert submit(judged, reference_folder, tmp_path / "submission", "--not-comparable") == 0
+    (row,) = (tmp_path / "submission" / "glm_weights_row.csv").read_text().splitlines()[1:]
+    assert row.startswith("renamed,")

@@ -1,0 +1,88 @@
+r"""Alpaca (Taori et al. 2023): instructions with the responses to learn, for instruction tuning.
+
+The data set is `yahma/alpaca-cleaned`, or any file whose rows have `instruction`, `output` and, where there is
+something to work on, `input`. All its rows are for training: what is learned is measured by AlpacaEval.
+
+The prompt is the one of Alpaca, in its two forms; with it, a response follows after `### Response:\n`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.sources import read_hub
+from trl_steer.tasks.splits import official
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+# What `datasets` calls the reader of a file, by the ending of its name.
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def prompt(row: Row) -> str:
+    """The prompt with the row's input or, where that is empty or absent, the prompt without one."""
+    given = row.get("input")
+    if given:
+        return f"{_WITH_INPUT}### Instruction:\n{row['instruction']}\n\n### Input:\n{given}\n\n### Response:\n"
+    return f"{_WITHOUT_INPUT}### Instruction:\n{row['instruction']}\n\n### Response:\n"
+
+
+def completion(row: Row) -> str:
+    return row["output"]
+
+
+def message(row: Row) -> str:
+    """What a user would write to a chat model: the instruction and, on a line of its own, the input."""
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+
+
+def read(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"]:
+    """The rows of a file, as the split `train`, or those of a data set as [`sources.read_hub`] gives them."""
+    reader = _READERS.get(Path(dataset_path).suffix.lower())
+    if reader is None or not Path(dataset_path).is_file():
+        return read_hub(dataset_path, config)
+    import datasets
+
+    rows = datasets.load_dataset(reader, data_files=dataset_path)
+    lacking = sorted({"instruction", "output"} - set(rows["train"].column_names))
+    if lacking:
+        raise ValueError(
+            f"{dataset_path} lacks {', '.join(lacking)}; expected the columns instruction, output and, where there "
+            f"is one, input. It has: {', '.join(rows['train'].column_names)}."
+        )
+    return rows
+
+
+class AlpacaTask(Task):
+    """A chat model is given what a user would write, and not the Alpaca prompt, which is for a model without turns."""
+
+    def example(self, row: Row, conversational: bool = False) -> dict[str, Any]:
+        if not conversational:
+            return super().example(row)
+        return {
+            "prompt": [{"role": "user", "content": message(row)}],
+            "completion": [{"role": "assistant", "content": completion(row)}],
+        }
+
+
+TASK = AlpacaTask(
+    name="alpaca",
+    source={"dataset_path": "yahma/alpaca-cleaned", "config": None},
+    prompt=prompt,
+    completion=completion,
+    # There is no right answer to read from a response: it is judged as a whole, see `trl-steer alpaca-eval`.
+    answer=completion,
+    extract=lambda text: text.strip() or None,
+    splits={"default": official},
+    key=("instruction", "output"),
+    read=read,
+)
