@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from . import evaluation, inference, loading, report, training
+from . import alpaca, evaluation, inference, loading, projection, report, training
 from .harness import CLOCKS, use_clock
 
-BENCHMARKS = {module.NAME: module for module in (training, inference, loading, evaluation)}
+BENCHMARKS = {module.NAME: module for module in (training, inference, loading, projection, evaluation, alpaca)}
 MODULE = "trl_steer.eval.benchmarks"
 
 

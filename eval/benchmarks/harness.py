@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -88,7 +88,7 @@ def seconds(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
+    sides: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
     """
     Runs every side once a round, so that whatever slows the machine down for a while slows all of them.
@@ -113,7 +113,7 @@ def alternate(
     try:
         for round_ in range(-warmup, repeats):
             gc.collect()
-            for name in list(sides) if round_ % 2 == 0 else reversed(sides):
+            for name in list(sides) if round_ % 2 == 0 else reversed(list(sides)):
                 elapsed = seconds(sides[name], device)
                 if round_ >= 0:
                     times[name].append(elapsed)

@@ -39,7 +39,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
 
 def _save(base, adapter: str, scratch: Path) -> Path:
     folder = scratch / adapter
-    models.adapted(base, adapter).save_pretrained(folder)
+    models.adapted(base, adapter).save_pretrained(str(folder))
     return folder
 
 
@@ -60,5 +60,5 @@ def _replacements(base, folders: dict[str, Path], device: str) -> dict[str, Call
     return {
         SWAP: lambda: hotswap_adapter(swapped, folders["low_rank"]),
         RELOAD: delete_and_load,
-        LORA_SWAP: lambda: peft_hotswap.hotswap_adapter(lora, folders["lora"], "default", torch_device=device),
+        LORA_SWAP: lambda: peft_hotswap.hotswap_adapter(lora, str(folders["lora"]), "default", torch_device=device),
     }

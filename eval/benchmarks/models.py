@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trl_steer import PostBlockSteeringConfig
+from trl_steer.trainers.orthogonality import OrthogonalityConstraint
 
 ADAPTERS: dict[str, dict] = {
     "low_rank": {"config": PostBlockSteeringConfig, "r": 8},
@@ -57,7 +59,8 @@ def smollm2_135m() -> LlamaConfig:
 
 def build(config: LlamaConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return LlamaForCausalLM(copy.deepcopy(config)).to(device, dtype)
+    model: torch.nn.Module = LlamaForCausalLM(copy.deepcopy(config))
+    return model.to(device, dtype)  # type: ignore[return-value]
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
@@ -71,11 +74,30 @@ def adapter_config(adapter: str) -> PeftConfig:
     return fields.pop("config")(task_type="CAUSAL_LM", **fields)
 
 
-def adapted(base: PreTrainedModel, adapter: str) -> PeftModel:
-    """A copy of `base` over the same weights, with an adapter."""
+def adapted(base: PreTrainedModel, adapter: str | PeftConfig) -> PeftModel:
+    """A copy of `base` over the same weights, with an adapter: one of `ADAPTERS`, or of a configuration."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(share(base), adapter_config(adapter))
+        return get_peft_model(share(base), adapter_config(adapter) if isinstance(adapter, str) else adapter)
+
+
+def training_step(
+    model: PeftModel, tokens: torch.Tensor, constraint: OrthogonalityConstraint | None = None
+) -> Callable[[], None]:
+    """Forward, backward and AdamW, with the constraint where there is one."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        if constraint is not None:
+            constraint.project_gradients()
+        optimizer.step()
+        if constraint is not None:
+            constraint.project()
+        # Kept as zeros, so that gradients can be written to between steps.
+        optimizer.zero_grad(set_to_none=False)
+
+    return step
 
 
 def random_tokens(config: LlamaConfig, batch: int, length: int, device: str) -> torch.Tensor:

@@ -65,7 +65,7 @@ def _measure(trained: dict[str, PeftModel], tokens: torch.Tensor) -> dict[str, i
 
 def _bytes(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, dtype: torch.dtype | None):
     measured = {side: [value / 2**20] for side, value in _measure(trained, tokens).items()}
-    bound = {torch.float32: "<= 1.02", torch.bfloat16: "<= 1.08"}.get(dtype)
+    bound = {torch.float32: "<= 1.02", torch.bfloat16: "<= 1.08"}[dtype] if dtype else None
     yield compare(NAME, f"saved bytes, {case}", measured, OURS, FLOOR, "MiB", bound)
     yield compare(NAME, f"saved bytes, {case}", measured, PLAIN, FLOOR, "MiB")
     yield compare(NAME, f"saved bytes, {case}", measured, LORA, OURS, "MiB")
@@ -73,7 +73,8 @@ def _bytes(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, dtype
 
 def _seconds(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, device: str, repeats: int, bounded: bool):
     steps = {side: _step(side, model, tokens) for side, model in trained.items()}
-    times = alternate(steps, repeats, device)
+    # A step varies by a tenth where others use the machine, which is more than what is held against a bound.
+    times = alternate(steps, repeats * (3 if bounded else 1), device)
     yield compare(NAME, f"step, {case}", times, OURS, FLOOR, bound="<= 1.03" if bounded else None)
     yield compare(NAME, f"step, {case}", times, PLAIN, OURS)
     yield compare(NAME, f"step, {case}", times, LORA, OURS, bound=">= 1.15" if bounded else None)
@@ -88,14 +89,10 @@ def _loss(model: PeftModel, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _step(side: str, model: PeftModel, tokens: torch.Tensor) -> Callable[[], None]:
-    """Forward, backward and AdamW."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    loss = _loss(model, tokens)
+    training_step = models.training_step(model, tokens)
 
     def step() -> None:
         with _operator(side):
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            training_step()
 
     return step

@@ -1,0 +1,149 @@
+"""Judging 805 rows: `trl-steer alpaca-eval` against the package `alpaca-eval` alone, with the same mock judge.
+
+Both ask over the same pool of connections. Left to itself the package makes a client for every call, about 0.1 s each,
+beside which nothing else would be seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import json
+import logging
+import random
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .harness import Result, alternate, compare
+
+NAME = "alpaca"
+OURS, THEIRS = "trl-steer alpaca-eval judge", "alpaca-eval alone"
+ROWS, IN_FLIGHT = 805, 5
+SERVER = "trl_steer.eval.benchmarks.alpaca_server"
+
+
+def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
+    """Yields the ratio of both, requests, files and metrics included; nothing for a GPU or without the package."""
+    if device != "cpu" or importlib.util.find_spec("alpaca_eval") is None:
+        return
+    from ..alpaca_eval import judges, judging, package, reference, rows
+    from ..alpaca_eval.completions import Settings
+
+    count = 24 if quick else ROWS
+    with tempfile.TemporaryDirectory() as scratch, _server() as url:
+        folder = Path(scratch)
+        _write(folder, count)
+        known = reference.load(folder)
+        outputs = rows.read(folder / rows.OUTPUTS, known.rows)
+        judge = judges.resolve(judges.LEADERBOARD, endpoint=url)
+        numbers: dict[str, float] = {}
+        fresh = (folder / str(number) for number in itertools.count())
+
+        def ours() -> None:
+            place = next(fresh)
+            judged = judging.ask(outputs, known, judge, place / "cache", Settings(IN_FLIGHT), lambda estimate: None)
+            result = judging.evaluate(judged, outputs, known, judge, place)
+            numbers[OURS] = result["length_controlled_winrate"]
+
+        theirs = _package_alone(package.load(), folder, url, fresh, numbers)
+        with _silent():
+            times = alternate({OURS: ours, THEIRS: theirs}, repeats, device)
+    if abs(numbers[OURS] - numbers[THEIRS]) > 1e-6:
+        raise RuntimeError(f"the two do not agree on the length-controlled win rate: {numbers}")
+    case = f"{count} rows, mock judge, {IN_FLIGHT} requests in flight"
+    yield compare(NAME, case, times, OURS, THEIRS, bound=None if quick else "<= 1.1")
+
+
+def _package_alone(
+    module: Any, folder: Path, url: str, fresh: Iterator[Path], numbers: dict[str, float]
+) -> Callable[[], None]:
+    """The package's own loop with its cache, writing what it writes, into folders of ours."""
+    import openai
+    import pandas
+
+    baseline = json.loads((folder / "alpaca_eval_gpt4_baseline.json").read_text())
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    client = {"http_client": openai.DefaultHttpxClient()}
+
+    def judge() -> None:
+        from ..alpaca_eval.metrics import local_table
+
+        place = next(fresh)
+        place.mkdir()
+        annotator = module.annotators.PairwiseAnnotator(caching_path=place / "cache.json")
+        annotated = annotator.annotate_head2head(
+            baseline,
+            outputs,
+            openai_api_keys="none",
+            openai_api_base=url,
+            client_kwargs=client,
+            client_config_path="",
+            num_procs=IN_FLIGHT,
+        )
+        table = pandas.DataFrame(annotated)
+        table.to_json(place / "annotations.json", orient="records", indent=2)
+        with local_table(folder / "df_gamed.csv"):
+            metrics = module.metrics.get_length_controlled_winrate(table, save_weights_dir=place / "weights")
+        numbers[THEIRS] = metrics["length_controlled_winrate"]
+
+    return judge
+
+
+def _write(folder: Path, count: int) -> None:
+    """Reference files and outputs of invented words, in the sizes of the real ones."""
+    draw = random.Random(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join("".join(draw.choices("etaoinshr", k=5)) for _ in range(draw.randint(least, most)))
+
+    baseline = [
+        {
+            "instruction": f"{number} {words(5, 50)}",
+            "output": words(50, 500),
+            "generator": "baseline",
+            "dataset": "mock",
+        }
+        for number in range(count)
+    ]
+    outputs = [{**row, "output": words(50, 400), "generator": "model"} for row in baseline]
+    (folder / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(baseline))
+    (folder / "model_outputs.json").write_text(json.dumps(outputs))
+    difficulties = [draw.gauss(0, 1) for _ in range(count)]
+    columns = ("index", "instruction_difficulty", "std_delta_len", "preference", "not_gamed_baseline", "model")
+    with (folder / "df_gamed.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for name, index in itertools.product(("concise", "verbose"), range(count)):
+            writer.writerow([index, difficulties[index], draw.gauss(0, 1), draw.random(), False, name])
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the package's warnings, whose printing would take time."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """The mock judge, in a process of its own, so that its work is not counted."""
+    process = subprocess.Popen([sys.executable, "-m", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+    finally:
+        process.terminate()
+        process.wait()
