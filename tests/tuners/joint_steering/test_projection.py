@@ -136,12 +136,25 @@ def test_blocks_of_different_shapes_are_projected_each_with_its_own_matrix():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_matrices_of_a_diverged_run_are_refused_and_nothing_is_written(value):
-    B, W = torch.randn(D, 4), torch.randn(D, 2)
-    before = W.clone()
-    B[3, 1] = value
+    pairs = [([torch.randn(d, 4)], torch.randn(d, 2)) for d in (D, 2 * D, 3 * D)]
+    before = [W.clone() for _, W in pairs]
+    pairs[1][0][0][3, 1] = value
     with pytest.raises(FloatingPointError, match="diverged"):
-        project_([([B], W)])
-    assert torch.equal(W, before)
+        project_(pairs)
+    for (_, W), unchanged in zip(pairs, before, strict=True):
+        assert torch.equal(W, unchanged)
+
+
+def test_blocks_too_many_for_a_cpu_cache_are_each_projected():
+    d = 8192
+    pairs = [([torch.randn(d, 2)], torch.randn(d, 8)) for _ in range(5)]
+    expected = [
+        W - torch.linalg.qr(B.double())[0].float() @ (torch.linalg.qr(B.double())[0].T @ W.double()).float()
+        for (B,), W in pairs
+    ]
+    assert project_(pairs).kept_norm < 1
+    for (_, W), projected in zip(pairs, expected, strict=True):
+        torch.testing.assert_close(W, projected, atol=1e-5, rtol=0)
 
 
 def test_several_matrices_of_a_block_are_removed_together():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ RANK_TOLERANCE = 1e-7
 _SURE = 1e-4
 # Two do; float64 would go on for ever.
 _MAX_PASSES = 4
+# Float64 bytes of `W` that a CPU works on at a time: they stay in its cache, and the allocator keeps the memory, where
+# that of larger matrices is given back and faulted in again at every step, which takes as long as the arithmetic.
+_CPU_BYTES = 2**20
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,45 +45,42 @@ class ProjectionReport(NamedTuple):
     kept_norm: float
 
 
-def project_out(
+def project_out_(
     W: torch.Tensor, B: torch.Tensor, eps: float, reduce: Reduce | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(I - Q Q^T) W`, with `Q` an orthonormal basis of the column space of `B`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`W <- (I - Q Q^T) W` in place, with `Q` an orthonormal basis of the column space of `B`.
 
     Singular values of `B` up to `RANK_TOLERANCE` times the largest do not count, so `B = 0` removes nothing. A `W`
-    that is already orthogonal to rounding is returned as it is: projecting again changes no bit.
+    that is already orthogonal to rounding is left as it is: projecting again changes no bit.
 
     Args:
-        W (`torch.Tensor`): (blocks, d, r), any floating point dtype; with `reduce`, the local rows of it.
+        W (`torch.Tensor`): (blocks, d, r), float64; with `reduce`, the local rows of it.
         B (`torch.Tensor`): (blocks, d, s), likewise.
         eps (`float`): Rounding of the dtype that the result will be stored in, `torch.finfo(dtype).eps`.
         reduce (`Callable`, *optional*): Sums a tensor over the processes that hold the other rows.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`:
-            The projected `W` in float64, and `max |Q^T W| / ||W||` (blocks,) as it was before.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
+            Each (blocks,): `max |Q^T W| / ||W||` as it was before, and `||W||` before and after.
     """
-    B, to_basis = _basis(B.double(), reduce)
-    original = projected = W.double()
-    coefficients, before = _overlap(projected, B, to_basis, reduce)
-    untouched = before <= eps
-    if untouched.all():
-        return original, before
+    B, to_basis = _basis(B, reduce)
+    coefficients, overlap, before = _overlap(W, B, to_basis, reduce)
+    to_remove = overlap > eps
+    left, after = overlap, before
     for _ in range(_MAX_PASSES):
-        projected = torch.baddbmm(projected, B, to_basis @ coefficients, alpha=-1)
-        coefficients, overlap = _overlap(projected, B, to_basis, reduce)
-        if (overlap <= eps / 64).all():
+        if not to_remove.any() or (left <= eps / 64).all():
             break
-    if untouched.any():
-        projected = torch.where(untouched[:, None, None], original, projected)
-    return projected, before
+        W.baddbmm_(B, to_basis @ (coefficients * to_remove[:, None, None]), alpha=-1)
+        coefficients, left, after = _overlap(W, B, to_basis, reduce)
+        left = left * to_remove
+    return overlap, before, after
 
 
 def _overlap(W: torch.Tensor, B: torch.Tensor, to_basis: torch.Tensor, reduce: Reduce | None):
-    """`Q^T W`, and per block its largest entry relative to the norm of `W`."""
-    norm = _norm(W, (-2, -1), reduce)
+    """`Q^T W`, per block its largest entry relative to the norm of `W`, and that norm."""
+    norm = _norm(W, reduce)
     coefficients = to_basis.mT @ _sum(B.mT @ W, reduce)
-    return coefficients, coefficients.abs().amax((-2, -1)) / torch.where(norm > 0, norm, 1.0)
+    return coefficients, coefficients.abs().amax((-2, -1)) / torch.where(norm > 0, norm, 1.0), norm
 
 
 def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,11 +89,6 @@ def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.
     Where a singular value does not count, `Q` has a column of zeros.
     """
     gram = _sum(B.mT @ B, reduce)
-    if not torch.isfinite(gram).all():
-        raise FloatingPointError(
-            "LoRA's matrices hold NaN or infinite values: training has diverged. Lower the learning rates, or add a "
-            "warm-up."
-        )
     eigenvalues, vectors = torch.linalg.eigh(gram)
     largest = eigenvalues[..., -1:]
     sure = (eigenvalues > _SURE**2 * largest) & (largest > 0)
@@ -135,22 +131,23 @@ def project_(
         parts = [_local_rows(matrix, local.mesh) for matrix in matrices]
         columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         batches[(columns.shape, local.tensor.shape, local.tensor.dtype, columns.device)].append((columns, local))
-    overlaps, before, after = [], [], []
-    for batch in batches.values():
+    for whole in batches.values():  # all of them before the first is written
+        _check_finite([columns for columns, _ in whole], whole[0][1].reduce())
+    measured = []
+    for batch in chain.from_iterable(map(_parts, batches.values())):
         reduce = batch[0][1].reduce()
         W = _stack([local.tensor for _, local in batch])
         eps = torch.finfo(batch[0][1].tensor.dtype).eps
-        projected, overlap = project_out(W, _stack([columns for columns, _ in batch]), eps, reduce)
-        overlaps.append(overlap.max())
-        before.append(_norm(W, None, reduce))
-        after.append(_norm(projected, None, reduce))
+        measured.append(project_out_(W, _stack([columns for columns, _ in batch]), eps, reduce))
         if write:
-            for (_, local), result in zip(batch, projected, strict=True):
+            for (_, local), result in zip(batch, W, strict=True):
                 local.write(result)
-    if not overlaps:
+    if not measured:
         return ProjectionReport(0.0, 1.0)
-    norm_before, norm_after = (float(torch.stack(norms).norm()) for norms in (before, after))
-    return ProjectionReport(float(torch.stack(overlaps).max()), norm_after / norm_before if norm_before > 0 else 1.0)
+    device = measured[0][0].device  # blocks may be spread over several
+    overlap, before, after = (torch.cat([v.to(device) for v in values]) for values in zip(*measured, strict=True))
+    norm_before, norm_after = float(before.norm()), float(after.norm())
+    return ProjectionReport(float(overlap.max()), norm_after / norm_before if norm_before > 0 else 1.0)
 
 
 class _Local(NamedTuple):
@@ -195,6 +192,15 @@ class _Local(NamedTuple):
             self.weight.to_local().copy_(rows)
 
 
+def _parts(batch: list[tuple[torch.Tensor, _Local]]) -> list[list[tuple[torch.Tensor, _Local]]]:
+    """The batch as it is, but on a CPU in parts of `_CPU_BYTES`. With several processes, one sum serves all blocks."""
+    local = batch[0][1]
+    if local.mesh is not None or local.tensor.device.type != "cpu":
+        return [batch]
+    size = max(1, _CPU_BYTES // (local.tensor.numel() * torch.float64.itemsize))
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
 def _as_columns(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     if transposed:
         return weight.mT
@@ -220,6 +226,16 @@ def _check_layout(tensor: DTensor, wanted: Shard) -> None:
         )
 
 
+def _check_finite(matrices: Sequence[torch.Tensor], reduce: Reduce | None) -> None:
+    """By their sums, the same on all processes, so that none is left waiting for one that has raised."""
+    sums = torch.stack([matrix.sum(dtype=torch.float64) for matrix in matrices])
+    if not torch.isfinite(_sum(sums, reduce)).all():
+        raise FloatingPointError(
+            "LoRA's matrices hold NaN or infinite values: training has diverged. Lower the learning rates, or add a "
+            "warm-up."
+        )
+
+
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stacked in float64, with one copy."""
     stacked = torch.empty((len(matrices), *matrices[0].shape), dtype=torch.float64, device=matrices[0].device)
@@ -228,8 +244,8 @@ def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
-def _norm(tensor: torch.Tensor, dim: tuple[int, ...] | None, reduce: Reduce | None) -> torch.Tensor:
-    norm = torch.linalg.vector_norm(tensor, dim=dim)
+def _norm(W: torch.Tensor, reduce: Reduce | None) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(W, dim=(-2, -1))
     return norm if reduce is None else reduce(norm.square()).sqrt()
 
 
