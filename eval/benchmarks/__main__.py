@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from . import alpaca, evaluation, inference, loading, projection, report, training
+from . import alpaca, evaluation, inference, loading, projection, report, startup, training
 from .harness import CLOCKS, use_clock
 
-BENCHMARKS = {module.NAME: module for module in (training, inference, loading, projection, evaluation, alpaca)}
+BENCHMARKS = {
+    module.NAME: module for module in (training, inference, loading, projection, evaluation, alpaca, startup)
+}
 MODULE = "trl_steer.eval.benchmarks"
 
 
