@@ -55,7 +55,8 @@ def test_offloaded_models_give_equal_logits(family, kind, where, adapter_first, 
 @over_kinds
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_adapter_loads_onto_a_base_with_blocks_on_disk(family, kind, low_cpu_mem_usage, tmp_path):
+def test_adapter_loads_onto_a_base_with_blocks_on_disk(family, kind, low_cpu_mem_usage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes a copy of the files that hold what is on disk, below where it is run
     tiny_model(family).save_pretrained(tmp_path / "base")
     model = steer(tiny_model(family), kind)
     expected = logits(model)
