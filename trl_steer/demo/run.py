@@ -42,7 +42,7 @@ def run(settings: Settings, folder: Path) -> dict:
     """Runs what is missing in `folder` and returns all results, which are also in `folder/results.json`."""
     start = time.perf_counter()
     # Before PyTorch is imported. OpenMP's threads wait by spinning, which on a machine that something else uses too
-    # made training on two cores five times as slow as waiting idly, and gains nothing on a quiet one.
+    # made training on two cores five times as slow as waiting idly, and gains a few percent on a quiet one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _say(f"{settings.method}, seed {settings.seed}, in {folder}")
     prepare_folder(settings, folder)
