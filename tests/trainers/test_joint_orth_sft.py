@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from joint_cases import BOUND, joint_trainer, overlap, trained
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -165,12 +166,19 @@ def test_the_rate_of_a_chosen_optimizer_class_counts_where_a_half_has_none_of_it
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5, 0.25}
 
 
+@pytest.fixture
+def accelerator_state():
+    """accelerate has one state a process, and keeps the precision of whichever trainer came first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True).state
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize(("version", "refused"), [(1, True), (2, False)])
-def test_fsdp_is_refused_in_version_1_only(version, refused, tmp_path, monkeypatch):
+def test_fsdp_is_refused_in_version_1_only(version, refused, tmp_path, monkeypatch, accelerator_state):
     # accelerate does not give its state a plugin on the CPU, so it is put there, and kept by the training arguments.
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the plugin sets
-    state = Accelerator(cpu=True).state
-    monkeypatch.setitem(state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=version))
+    monkeypatch.setitem(accelerator_state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=version))
     keep = {"accelerator_config": {"use_configured_state": True}}
     with pytest.raises(ValueError, match="fsdp_version: 2") if refused else nullcontext():
         joint_trainer(tmp_path, **keep)
