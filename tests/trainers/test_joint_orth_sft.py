@@ -178,7 +178,8 @@ def accelerator_state():
 def test_fsdp_is_refused_in_version_1_only(version, refused, tmp_path, monkeypatch, accelerator_state):
     # accelerate does not give its state a plugin on the CPU, so it is put there, and kept by the training arguments.
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the plugin sets
-    monkeypatch.setitem(accelerator_state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=version))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    monkeypatch.setitem(accelerator_state.__dict__, "fsdp_plugin", plugin)
     keep = {"accelerator_config": {"use_configured_state": True}}
     with pytest.raises(ValueError, match="fsdp_version: 2") if refused else nullcontext():
         joint_trainer(tmp_path, **keep)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model_zoo import COMMON, tiny_model
-from peft import get_peft_model
+from peft import BdLoraConfig, get_peft_model
 from transformers import Gemma3nForCausalLM, Glm4ForCausalLM
 
 from trl_steer import JointSteeringConfig
@@ -41,6 +41,15 @@ def test_by_default_it_is_the_last_linear_layer_of_the_mlp(family):
 def test_other_modules_can_be_named():
     for writers in writers_of(joint_model(), modules=["down_proj", "o_proj"]):
         assert {name.rpartition(".")[2] for name in writers} == {"down_proj", "o_proj"}
+
+
+def test_a_block_diagonal_matrix_counts_in_full():
+    config = BdLoraConfig(target_modules_bd_b=["down_proj"], nblocks=2, match_strict=False)
+    for pair in find_pairs(joint_model(use_bdlora=config), "default"):
+        lora_B = pair.writers[0][0].lora_B["default"]
+        torch.nn.init.normal_(lora_B.weight)
+        (B,) = pair.output_matrices("default")
+        torch.testing.assert_close(B, lora_B(torch.eye(4)).T.detach())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])

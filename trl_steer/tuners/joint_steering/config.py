@@ -30,8 +30,11 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
     `target_modules`, which is every linear layer inside the blocks. The steering half is a nested plain dictionary.
 
     [`JointOrthSFTTrainer`] keeps the two in orthogonal output subspaces. What it constrains is the column space of
-    LoRA's `B`. With `use_dora=True` the rows of `B A` are rescaled afterwards, and the base weight's rows with them,
-    so the constraint covers the low-rank direction before that rescaling. `use_rslora` changes only a factor.
+    LoRA's `B`, which is all that LoRA writes where its update is `B A`, or `B M A` with whatever variants put between
+    or change of `A` (`use_rslora`, `use_qalora`, `use_bdlora`, `kasa_config`, `monteclora_config`, `alora_...`). Not
+    covered: with `use_dora=True` the rows of `B A` are rescaled afterwards, and the base weight's rows with them, so
+    the constraint is about the low-rank direction before that; with `lora_bias=True` LoRA also adds a constant; with
+    `bias="all"` or `"lora_only"` biases of the base model are trained.
 
     Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), sections 4.1 and 5.2.
 

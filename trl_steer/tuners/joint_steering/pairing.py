@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -40,8 +41,7 @@ class Pair:
         """The matrices (d, r_lora) whose columns span what LoRA can write: `B`, or `diag(gamma) B` before a norm."""
         matrices = []
         for lora, gain in self.writers:
-            layers: Any = lora.lora_B
-            B = layers[adapter_name].weight.detach()
+            B = _whole(lora.lora_B[adapter_name]).detach()
             if gain is not None:
                 gain = gain.to(B.device, torch.float32).unsqueeze(1)
                 B = B.float() * (
@@ -130,6 +130,11 @@ def _in_attention(name: str) -> bool:
 def _in_mlp(name: str) -> bool:
     """Gemma 3n and Falcon-H1 have further layers that write into the residual stream behind their MLP."""
     return any(part in ("mlp", "ffn", "feed_forward") for part in name.lower().split("."))
+
+
+def _whole(lora_B: Any) -> torch.Tensor:
+    """LoRA's `B` as (d, r_lora). BD-LoRA stores only the blocks on its diagonal."""
+    return lora_B.weight_as_blockdiagonal_matrix() if isinstance(lora_B, BlockDiagonalLinear) else lora_B.weight
 
 
 @torch.no_grad()
