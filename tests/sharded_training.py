@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import model_zoo
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -22,16 +23,20 @@ CONFIGS = {
     "vector": lambda: PostBlockSteeringConfig(steering_type="vector"),
     "joint": lambda: JointSteeringConfig(r=5, use_dora=True, steering={"r": 3}, modules_to_save=["lm_head"]),
     "joint input": lambda: JointSteeringConfig(r=5, steering={"r": 3}),
+    "joint norms": lambda: JointSteeringConfig(r=5, steering={"r": 3}, modules_to_save=["post_feedforward_layernorm"]),
 }
 
 
-def base_model() -> torch.nn.Module:
-    return tiny_model(hidden_size=WIDTH, num_attention_heads=3, num_key_value_heads=3).double()
+def base_model(kind: str = "") -> torch.nn.Module:
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    if kind == "joint norms":  # one between the MLP and the residual addition, sharded like everything else
+        return model_zoo.tiny_model("olmo2", hidden_size=WIDTH, vocab_size=260, **heads).double()
+    return tiny_model(hidden_size=WIDTH, **heads).double()
 
 
 def adapted_model(kind: str) -> PeftModel:
     torch.manual_seed(0)
-    return get_peft_model(base_model(), CONFIGS[kind]())
+    return get_peft_model(base_model(kind), CONFIGS[kind]())
 
 
 def train(

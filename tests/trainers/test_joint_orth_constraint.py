@@ -6,8 +6,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from joint_cases import BOUND, joint_trainer, overlap, trained
+from model_zoo import tiny_model as zoo_model
 from peft import PeftModel, get_peft_model
-from tiny_chat import tiny_model
+from tiny_chat import tiny_model, tiny_tokenizer
 
 from trl_steer import JointSteeringConfig
 
@@ -123,3 +124,24 @@ def test_constraint_holds_in_every_checkpoint_however_seldom_it_is_enforced(tmp_
     for folder in [*folders]:
         assert overlap(PeftModel.from_pretrained(tiny_model(), folder)) <= BOUND
     assert overlap(trained(trainer)) <= BOUND
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+def test_constraint_holds_for_what_passes_a_norm_on_its_way_to_the_stream(family, steps, tmp_path):
+    fields = {"vocab_size": len(tiny_tokenizer()), "hidden_size": 96, "intermediate_size": 64}
+    fields |= {"max_position_embeddings": 512, "initializer_range": 0.02}
+    # The condition number of B is over a million after one step of AdamW, and the norm is another after two.
+    norms = ["post_feedforward_layernorm"] if steps > 1 else None
+    config = JointSteeringConfig(r=64, steering={"r": 8}, modules_to_save=norms, task_type="CAUSAL_LM")
+    trainer = joint_trainer(tmp_path, config, zoo_model(family, **fields), max_steps=steps, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    for model in (trained(trainer), PeftModel.from_pretrained(zoo_model(family, **fields), tmp_path)):
+        for block in model.get_base_model().model.layers:
+            gain = block.post_feedforward_layernorm.weight.detach().double() + (0 if family == "olmo2" else 1)
+            B = gain[:, None] * block.mlp.down_proj.lora_B["default"].weight.detach().double()
+            U, S, _ = torch.linalg.svd(B, full_matrices=False)
+            W = block.post_block_steering.adapters["default"].up.detach().double()
+            assert (U[:, 1e-7 * S[0] < S].T @ W).abs().max() <= BOUND * W.norm()
+            assert W.norm() > 0

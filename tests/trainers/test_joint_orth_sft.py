@@ -75,6 +75,18 @@ def test_each_log_says_what_the_projection_did_or_would_do(orthogonal_every, tmp
     assert all(row["steering_overlap"] > 1e-3 for row in rows[1:])
 
 
+def test_a_checkpoint_leaves_no_trace_in_the_log(tmp_path):
+    logged = []
+    for strategy in ("no", "steps"):
+        arguments = {"save_strategy": strategy, "save_steps": 2, "orthogonal_every": 3, "max_steps": 7}
+        trainer = joint_trainer(tmp_path / strategy, **arguments)
+        trainer.train()
+        logged.append([row["steering_overlap"] for row in trainer.state.log_history if "loss" in row])
+    # A step before the first checkpoint is the same; the steps after it have less to remove, but always something.
+    assert logged[0][:2] == logged[1][:2]
+    assert all(overlap > 1e-3 for overlap in logged[1][1:])
+
+
 def test_logged_norms_are_those_of_the_halves_alone(tmp_path):
     config = JointSteeringConfig(r=4, steering={"r": 2}, modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     trainer = joint_trainer(tmp_path, config, max_steps=2)
@@ -109,6 +121,8 @@ def test_a_missing_half_has_its_defaults(peft_config, tmp_path):
         ("joint", {"orthogonal_side": "left"}, ValueError, "'left'"),
         ("joint", {"orthogonal_every": 0}, ValueError, "at least 1"),
         ("joint", {"orthogonal_every": 2.5}, ValueError, "integer"),
+        ("joint", {"orthogonal_every": True}, ValueError, "integer"),
+        ("joint", {"lora_learning_rate": "1e-3"}, ValueError, "must be a number"),
         ("joint", {"orthogonal_modules": "down_proj"}, ValueError, "list of names"),
         ("joint", {"orthogonal_modules": ["down_proj", "o_prj"]}, ValueError, "o_prj"),
         ("joint", {"lora_learning_rate": float("nan")}, ValueError, "finite"),
@@ -147,6 +161,12 @@ def test_another_adapter_than_the_constrained_one_is_not_trained_without_it(tmp_
     model.set_adapter("default")
     trainer.train()
     assert overlap(model, "default") <= BOUND
+
+
+def test_rates_that_a_ready_made_optimizer_would_ignore_are_refused(tmp_path):
+    optimizer = torch.optim.SGD(tiny_model().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="lora_learning_rate would have no effect"):
+        make_trainer("joint", tmp_path, extra={"optimizers": (optimizer, None)}, bf16=False, lora_learning_rate=1e-3)
 
 
 def test_training_arguments_of_another_trainer_are_refused():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from model_zoo import FAMILIES, HIDDEN_SIZE, NUM_BLOCKS, tiny_inputs, tiny_model
+from packaging.version import parse
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -25,6 +27,7 @@ from steering_cases import (
     steering_config,
     weights_of,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 CAUSAL_LM = [name for name, family in FAMILIES.items() if not family.text_config]
 
@@ -109,6 +112,10 @@ def test_auto_class_loads_base_and_adapter(family, tmp_path):
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
 
 
+@pytest.mark.skipif(
+    parse(peft.__version__) < parse(MIN_PEFT_VERSION),
+    reason=f"transformers adds adapters of any type from PEFT {MIN_PEFT_VERSION} on, and this is {peft.__version__}",
+)
 @over_kinds
 @over_families
 def test_transformers_can_add_train_and_save_an_adapter_itself(family, kind, tmp_path):

@@ -57,13 +57,14 @@ class JointOrthSFTConfig(SFTConfig):
         super().__post_init__()
         if self.orthogonal_side not in ("output", "input"):
             raise ValueError(f"orthogonal_side must be 'output' or 'input', got {self.orthogonal_side!r}.")
-        if not isinstance(self.orthogonal_every, int) or self.orthogonal_every < 1:
-            raise ValueError(f"orthogonal_every must be an integer of at least 1, got {self.orthogonal_every!r}.")
+        every = self.orthogonal_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"orthogonal_every must be an integer of at least 1, got {every!r}.")
         if isinstance(self.orthogonal_modules, str):
             raise ValueError(
                 f"orthogonal_modules must be a list of names, got the string {self.orthogonal_modules!r}."
             )
         for name in ("lora_learning_rate", "steering_learning_rate", "steering_weight_decay"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}.")
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a number, finite and not negative, got {value!r}.")

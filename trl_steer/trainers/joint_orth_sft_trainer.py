@@ -33,7 +33,9 @@ class JointOrthSFTTrainer(SFTTrainer):
         kwargs: Everything else that [`~trl.SFTTrainer`] takes.
 
     Raises:
-        ValueError: The constraint would be empty, cannot hold, or cannot be enforced under this parallelism.
+        ValueError:
+            The constraint would be empty, cannot hold, or cannot be enforced under this parallelism. Or rates of the
+            halves were given together with a ready-made optimizer.
         TypeError: `peft_config` is of another method.
     """
 
@@ -48,6 +50,8 @@ class JointOrthSFTTrainer(SFTTrainer):
             raise TypeError(f"args must be a JointOrthSFTConfig, got {type(args).__name__}, which lacks its fields.")
         if not isinstance(model, PeftModel):
             peft_config = _joint_config(peft_config)
+        if kwargs.get("optimizers", (None, None))[0] is not None:
+            _refuse_rates_for_a_finished_optimizer(args)
         super().__init__(model, args, peft_config=peft_config, **kwargs)
 
         self.projection: OrthogonalityCallback | None = None
@@ -81,7 +85,8 @@ class JointOrthSFTTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.projection is not None:
-            self.projection.project()  # what is saved satisfies the constraint, whatever `orthogonal_every` is
+            # What is saved satisfies the constraint, whatever `orthogonal_every` is. The log is about steps.
+            self.projection.constraint.project()
         super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -110,11 +115,28 @@ class JointOrthSFTTrainer(SFTTrainer):
                 "configurations), or set orthogonal=False."
             )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        if plugin is None:
+            return
+        if getattr(plugin, "fsdp_version", 1) != 2:
             raise ValueError(
                 "orthogonal=True needs the weights of the two halves as matrices, which FSDP version 1 flattens. Set "
                 "fsdp_version: 2 in the accelerate configuration, or orthogonal=False."
             )
+        if self.accelerator.unwrap_model(self.model).peft_config[self._adapter_name].use_bdlora:
+            raise ValueError(
+                "orthogonal=True with use_bdlora needs the whole of a block-diagonal matrix that FSDP shards. Leave "
+                "out use_bdlora, use DDP, or set orthogonal=False."
+            )
+
+
+def _refuse_rates_for_a_finished_optimizer(args: JointOrthSFTConfig) -> None:
+    names = ("lora_learning_rate", "steering_learning_rate", "steering_weight_decay")
+    given = [name for name in names if getattr(args, name)]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would have no effect on an optimizer that comes ready-made with `optimizers`. "
+            "Give its parameter groups these values, or let the trainer make it (`optim`, `optimizer_cls_and_kwargs`)."
+        )
 
 
 def _joint_config(peft_config) -> JointSteeringConfig:

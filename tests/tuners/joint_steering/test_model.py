@@ -224,6 +224,31 @@ def test_merging_is_refused_for_low_rank_steering_and_exact_for_vectors():
     torch.testing.assert_close(logits(vectors.merge_and_unload()), before, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("undo", ["unmerge", "disable", "unload"])
+def test_two_biases_merged_into_one_place_come_out_again(undo):
+    """The steering vector and the bias that LoRA adds."""
+    base = tiny_model("gpt2")
+    before = logits(base)
+    config = JointSteeringConfig(
+        r=4, target_modules=["c_proj"], lora_bias=True, steering={"steering_type": "vector", "init_weights": False}
+    )
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), adapted, atol=1e-4, rtol=1e-4)
+    if undo == "unload":
+        torch.testing.assert_close(logits(model.unload()), before, atol=1e-4, rtol=1e-4)
+        return
+    if undo == "unmerge":
+        model.unmerge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), adapted, atol=1e-4, rtol=1e-4)
+
+
 def test_each_row_of_a_batch_may_have_its_own_adapter():
     model = joint_model()
     model.add_adapter("other", config_for(steering="vector"))
@@ -312,7 +337,12 @@ def test_hot_swapping_replaces_both_halves(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "other"),
-    [("lora_alpha", {"lora_alpha": 32}), ("steering.activation", {"steering": {"r": 2, "activation": "silu"}})],
+    [
+        ("lora_alpha", {"lora_alpha": 32}),
+        ("steering.activation", {"steering": {"r": 2, "activation": "silu"}}),
+        ("alora_invocation_tokens", {"alora_invocation_tokens": [5]}),
+        ("init_lora_weights", {"init_lora_weights": "pissa"}),
+    ],
 )
 def test_hot_swapping_another_form_of_either_half_is_refused(field, other, tmp_path):
     get_peft_model(tiny_model(), JointSteeringConfig(**{"r": 4, "steering": {"r": 2}, **other})).save_pretrained(

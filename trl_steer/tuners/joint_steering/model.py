@@ -120,11 +120,11 @@ class JointSteeringModel(PostBlockSteeringModel, LoraModel):  # type: ignore[mis
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
-        super().unmerge_adapter()
         for layer in self._lora_layers():
             if layer.merged:
                 with onload_layer(layer):
                     layer.unmerge()
+        super().unmerge_adapter()  # last what was merged first
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         LoraModel._replace_module(self, parent, child_name, new_module, child)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import BlockDiagonalLinear
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -22,6 +23,31 @@ _NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
 
 
+class NormGain:
+    """
+    What a norm multiplies each feature by. Read at each use, since norms may be trained, and are sharded by FSDP2.
+
+    Args:
+        norm (`nn.Module`): An RMS norm or layer norm with a weight (d,).
+    """
+
+    def __init__(self, norm: Any):
+        self.norm = norm
+        self.offset = 0.0
+        if not isinstance(norm, nn.LayerNorm):
+            # Gemma's norms multiply by one plus their weight, so a weight of zero tells.
+            ones = torch.ones_like(norm.weight.detach(), dtype=torch.float32)
+            of_zero = torch.func.functional_call(norm, {"weight": torch.zeros_like(ones)}, (ones[None],))
+            self.offset = float(of_zero.mean().round())
+
+    def times(self, B: torch.Tensor) -> torch.Tensor:
+        """`diag(gamma) B`, (d, r_lora). In float64: rounding would turn the small singular directions of `B`."""
+        gain = (self.norm.weight.detach().double() + self.offset).to(B.device).unsqueeze(1)
+        if isinstance(B, DTensor) and not isinstance(gain, DTensor):
+            gain = distribute_tensor(gain, B.device_mesh, [Shard(0)])
+        return B.double() * gain
+
+
 @dataclass
 class Pair:
     """A steered block and the LoRA layers that write into the residual stream there.
@@ -29,25 +55,20 @@ class Pair:
     Attributes:
         name (`str`): Name of the block.
         steering ([`PostBlockSteeringLayer`]): Its steering layer.
-        writers (`list[tuple[LoraLayer, torch.Tensor | None]]`):
-            LoRA layers, each with the gain (d,) of the norm between it and the residual addition, if there is one.
+        writers (`list[tuple[LoraLayer, NormGain | None]]`):
+            LoRA layers, each with the gain of the norm between it and the residual addition, if there is one.
     """
 
     name: str
     steering: PostBlockSteeringLayer
-    writers: list[tuple[LoraLayer, torch.Tensor | None]]
+    writers: list[tuple[LoraLayer, NormGain | None]]
 
     def output_matrices(self, adapter_name: str) -> list[torch.Tensor]:
         """The matrices (d, r_lora) whose columns span what LoRA can write: `B`, or `diag(gamma) B` before a norm."""
         matrices = []
         for lora, gain in self.writers:
             B = _whole(lora.lora_B[adapter_name]).detach()
-            if gain is not None:
-                gain = gain.to(B.device, torch.float32).unsqueeze(1)
-                B = B.float() * (
-                    distribute_tensor(gain, B.device_mesh, [Shard(0)]) if isinstance(B, DTensor) else gain
-                )
-            matrices.append(B)
+            matrices.append(B if gain is None else gain.times(B))
         return matrices
 
     def steering_matrix(self, adapter_name: str, side: str) -> nn.Parameter:
@@ -61,6 +82,9 @@ class Pair:
 def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | None = None) -> list[Pair]:
     """
     Pairs each steered block with the LoRA layers that write into the residual stream there.
+
+    A block that ends in a norm *behind* the residual addition (OPT-350m, by `do_layer_norm_before=False`) mixes what
+    LoRA writes with everything else there; the pairing is then about what comes in front of that norm.
 
     Args:
         model (`nn.Module`): A model with a joint adapter.
@@ -97,7 +121,7 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
                 )
             )
         writers = [
-            (block.get_submodule(n), _gain_after(block, n))
+            (block.get_submodule(n), _gain_after(block, n, adapter_name))
             for n in wanted
             if _has_adapter(block.get_submodule(n), adapter_name)
         ]
@@ -138,16 +162,16 @@ def _whole(lora_B: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _gain_after(block: nn.Module, name: str) -> torch.Tensor | None:
-    """What the norm after a module multiplies each feature by, (d,), or `None` where there is no such norm."""
+def _gain_after(block: nn.Module, name: str, adapter_name: str) -> NormGain | None:
+    """The gain of the norm after a module, or `None` where there is no such norm."""
     after_mlp = _first_child(block, _NORMS_AFTER_MLP)
     norm: Any = _first_child(block, _NORMS_AFTER_ATTENTION) if _in_attention(name) else after_mlp
     if after_mlp is None or norm is None:
         return None
-    if isinstance(norm, nn.LayerNorm):
-        return norm.weight.detach().clone()
-    # An RMS norm keeps a vector of ones but for its gain, which Gemma's stores minus one.
-    return norm(torch.ones_like(norm.weight, dtype=torch.float32)[None])[0]
+    if isinstance(norm, ModulesToSaveWrapper):
+        is_trained = adapter_name in norm.modules_to_save
+        norm = norm.modules_to_save[adapter_name] if is_trained else norm.original_module
+    return NormGain(norm)
 
 
 def _first_child(block: nn.Module, names: Sequence[str]) -> nn.Module | None:

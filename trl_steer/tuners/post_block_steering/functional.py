@@ -17,8 +17,11 @@ from .layer import PostBlockSteeringLayer, SteeringAdapter
 # What the LoRA half of a joint adapter computes is decided by these. PEFT's hot swap asks for equal dropout as well.
 _LORA_FORM = [
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-    *("lora_dropout", "lora_bias", "bias", "fan_in_fan_out"),
+    *("lora_dropout", "lora_bias", "bias", "fan_in_fan_out", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "use_bdlora", "kasa_config", "arrow_config"),
 ]
+# Ways to initialize LoRA that also change the weights of the base model.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def set_scaling(model: nn.Module, adapter_name: str, value: float) -> None:
@@ -116,6 +119,9 @@ def _form(config: Any) -> dict[str, Any]:
     if getattr(steering, "steering_type", None) == "vector":
         part.remove("r")
     form = {name: getattr(config, name, None) for name in whole}
+    if joint:
+        init = str(config.init_lora_weights).lower()
+        form["init_lora_weights"] = init if init.startswith(_REWRITES_BASE) else None
     form |= {f"steering.{name}" if joint else name: getattr(steering, name, None) for name in part}
     return {name: _plain(value) for name, value in form.items()}
 

@@ -163,8 +163,8 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
         self.hidden_size = hidden_size
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
         self.merged_adapters: list[str] = []
-        # The module whose bias took the merged vectors, and that bias before.
-        self.folded: tuple[Any, torch.Tensor] | None = None
+        # For each merge, the module whose bias took the vectors, and that bias before and after.
+        self.folded: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         # In a tuple, because a module attribute would make the block a child of its own child.

@@ -52,19 +52,19 @@ def fold(tuner, adapter_names: list[str] | None = None, safe_merge: bool = False
             )
         folded[site] = (to_merge, total.to(bias.dtype))
     for site, (to_merge, bias) in folded.items():
-        layer = layers[site]
-        if layer.folded is None:
-            layer.folded = (sites[site], sites[site].bias.data.clone())
-        sites[site].bias.data = bias
-        layer.merged_adapters.extend(to_merge)
+        layers[site].folded.append((sites[site], sites[site].bias.data, bias))
+        sites[site].bias.data = bias.clone()  # which LoRA may write into
+        layers[site].merged_adapters.extend(to_merge)
 
 
 def unfold(layer: PostBlockSteeringLayer) -> None:
-    """Puts the bias of before back, bit for bit."""
-    if layer.folded is not None:
-        linear, bias = layer.folded
-        linear.bias.data = bias.to(device=linear.bias.device, dtype=linear.bias.dtype)
-        layer.folded = None
+    """Puts the bias of before back, bit for bit; if something else was added to it since, only the vectors go."""
+    for linear, before, after in reversed(layer.folded):
+        now = linear.bias.data
+        before, after = (bias.to(device=now.device, dtype=now.dtype) for bias in (before, after))
+        # The bias of a LoRA adapter is merged into the same place, and taken out before or after this.
+        linear.bias.data = before.clone() if torch.equal(now, after) else now - (after - before)
+    layer.folded.clear()
     layer.merged_adapters.clear()
 
 
