@@ -14,7 +14,7 @@ from trl import SFTConfig, TrlParser, get_peft_config
 from trl.scripts import sft as trl_sft
 
 from trl_steer.integrations.trl.divergence import TrainingDivergedError
-from trl_steer.integrations.trl.sft import DEFAULTS, SteeringArguments, peft_config, run
+from trl_steer.integrations.trl.sft import DEFAULTS, SteeringArguments, TrainerSetupError, peft_config, run
 from trl_steer.integrations.trl.task_arguments import TaskError, with_task
 from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
 from trl_steer.tuners.joint_steering import JointSteeringConfig
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
     """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`].
 
     Raises:
-        ValueError: if there is to be no steering half, or the config file has an unknown key.
+        ValueError: if one of the halves is not to be, or the config file has an unknown key.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     steering = make_parser(prog).parse_args_and_config(argv)[-1].steering
@@ -46,7 +46,10 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
         learning_rate=LORA_LEARNING_RATE,
         steering_learning_rate=DEFAULTS[steering]["learning_rate"],
     )
-    return parser.parse_args_and_config(argv)
+    parsed = parser.parse_args_and_config(argv)
+    if not parsed[2].use_peft:
+        raise ValueError("joint adaptation has a LoRA half; without it (--use_peft false), run `trl-steer sft`.")
+    return parsed
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     try:
         run(trl_arguments, adapter, trainer_class=JointOrthSFTTrainer)
-    except (TrainingDivergedError, FloatingPointError, TaskError) as error:
+    except (TrainingDivergedError, FloatingPointError, TrainerSetupError, TaskError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     return 0

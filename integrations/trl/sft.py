@@ -29,6 +29,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+class TrainerSetupError(ValueError):
+    """The trainer refuses what it was given, before training."""
+
+
 @dataclass
 class SteeringArguments:
     """Arguments of the steering adapter; see [`PostBlockSteeringConfig`] for what each one means.
@@ -104,12 +108,21 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
 
 
 def run(trl_arguments: Sequence[Any], adapter: PeftConfig | None, trainer_class: type | None = None) -> None:
-    """Runs TRL's script, by default with TRL's trainer; the adapter is saved to `--output_dir`, as TRL does."""
+    """Runs TRL's script, by default with TRL's trainer; the adapter is saved to `--output_dir`, as TRL does.
+
+    Raises:
+        TrainerSetupError: if the trainer refuses what it is given.
+        TaskError: if `--task` cannot be trained on.
+        TrainingDivergedError: if training diverges.
+    """
     sft_trainer = trl.SFTTrainer
 
     def make_trainer(**kwargs):
         kwargs["peft_config"] = adapter or kwargs["peft_config"]
-        return (trainer_class or sft_trainer)(**kwargs, callbacks=[DivergenceCallback()])
+        try:
+            return (trainer_class or sft_trainer)(**kwargs, callbacks=[DivergenceCallback()])
+        except ValueError as error:
+            raise TrainerSetupError(str(error)) from error
 
     # The script has no argument for an adapter or for callbacks, and looks `SFTTrainer` up in `trl` when it runs.
     trl.SFTTrainer = make_trainer  # type: ignore[misc, assignment]
@@ -131,7 +144,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     try:
         run(trl_arguments, steering)
-    except (TrainingDivergedError, TaskError) as error:
+    except (TrainingDivergedError, TrainerSetupError, TaskError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     return 0

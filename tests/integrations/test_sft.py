@@ -122,6 +122,13 @@ def test_trains_and_saves_an_adapter_that_loads(recipe, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
 
 
+def test_blocks_that_the_model_does_not_have_are_said_in_one_line(recipe, tmp_path, capsys):
+    assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path), "--steering_layers", "0", "9"]) == 1
+    said = capsys.readouterr().err
+    assert "error: layers_to_transform names blocks [9]" in said
+    assert "Traceback" not in said
+
+
 def test_steering_none_leaves_lora_to_trl(recipe, tmp_path):
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--steering", "none", "--use_peft"]
     assert sft.main([*argv, "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]) == 0

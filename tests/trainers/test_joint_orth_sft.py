@@ -225,3 +225,26 @@ def test_the_command_trains_both_halves_from_a_recipe(tmp_path):
     assert type(loaded.peft_config["default"]) is JointSteeringConfig
     assert loaded.peft_config["default"].r == 4
     assert overlap(loaded) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        (["--use_peft", "false"], 2, "has a LoRA half"),
+        (["--lora_r", "40"], 1, "exceed the hidden size"),
+        (["--orthogonal_modules", "nothing"], 1, "nothing"),
+    ],
+)
+def test_the_command_says_in_one_line_what_it_refuses(more, status, said, tmp_path, capsys):
+    from trl_steer.integrations.trl import joint
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in dataset_for("sft")))
+    argv = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    assert joint.main([*argv, *more]) == status
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown

@@ -92,6 +92,8 @@ def test_halves_split_into_folders_that_add_up_and_join_back(steering, tmp_path)
     model.save_pretrained(tmp_path / "joint")
     split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
 
+    for half in ("lora", "steering"):
+        assert "library_name: peft" in (tmp_path / half / "README.md").read_text()
     lora = PeftModel.from_pretrained(tiny_model(), tmp_path / "lora")
     assert type(lora.peft_config["default"]) is LoraConfig
     halves = inject_adapter_in_model(
@@ -144,7 +146,11 @@ def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
     assert not (tmp_path / "steering").exists()
     with pytest.raises(ValueError, match="a LoraConfig is expected"):
         join_adapters(tmp_path / "joint", tmp_path / "joint", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "joint"]
+    replicated = get_peft_model(tiny_model(), JointSteeringConfig(layer_replication=[(0, 2), (1, 3)]))
+    replicated.save_pretrained(tmp_path / "replicated")
+    with pytest.raises(ValueError, match="replicates blocks"):
+        split_adapter(tmp_path / "replicated", lora=tmp_path / "lora", steering=tmp_path / "steering")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "joint", "replicated"]
 
 
 @pytest.mark.parametrize(("lora", "steering"), [("out", "out"), ("out/lora", "out"), ("out", "out/steering")])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
@@ -34,10 +35,17 @@ def split_adapter(folder: str | Path, lora: str | Path, steering: str | Path) ->
         steering (`str` or `Path`): Folder to write the steering half into.
 
     Raises:
-        ValueError: `folder` holds another kind of adapter, or not both halves of one, or one output lies in the other.
+        ValueError:
+            `folder` holds another kind of adapter, not both halves of one, or one that replicates blocks; or one
+            output lies in the other.
         FileExistsError: A folder to write into exists and is not empty.
     """
     config = _load_config(folder, JointSteeringConfig)
+    if config.layer_replication:
+        raise ValueError(
+            f"{folder} replicates blocks (layer_replication={config.layer_replication}), which only LoRA can do: a "
+            "steering half of its own would miss the blocks that it steers."
+        )
     halves: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}
     for key, tensor in _load_tensors(folder).items():
         halves[_JOINT_LEAF in key][key.replace(_JOINT_LEAF, _LEAF)] = tensor
@@ -109,6 +117,12 @@ def _check_free(folder: str | Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it.")
 
 
+def _model_card(config: PeftConfig) -> ModelCard:
+    """PEFT writes one beside every adapter that it saves."""
+    method, base = str(config.peft_type.value).lower(), config.base_model_name_or_path  # type: ignore[union-attr]
+    return ModelCard.from_template(ModelCardData(library_name="peft", base_model=base, tags=[method, "trl-steer"]))
+
+
 def _write(folder: str | Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Whole or not at all: into a folder beside, which is then renamed."""
     target = Path(folder)
@@ -117,6 +131,7 @@ def _write(folder: str | Path, config: PeftConfig, tensors: dict[str, torch.Tens
         written = Path(temporary, "adapter")
         written.mkdir()
         config.save_pretrained(str(written))
+        _model_card(config).save(written / "README.md")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, written / SAFETENSORS_WEIGHTS_NAME)
         if target.exists():
             target.rmdir()  # empty, as was checked

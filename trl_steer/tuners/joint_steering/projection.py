@@ -23,8 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 RANK_TOLERANCE = 1e-7
 # Above this fraction of the largest, the Gram matrix of B gives them, and their directions, to eight digits.
 _SURE = 1e-4
-# Errors of float64 products and sums over the rows, to be multiplied by the squared condition number of B.
-_ROUNDING = 1024 * torch.finfo(torch.float64).eps
+_FLOAT64_EPS = torch.finfo(torch.float64).eps
 # Two do; float64 would go on for ever.
 _MAX_PASSES = 4
 # Float64 bytes of `W` that a CPU works on at a time, so that they stay in its cache.
@@ -63,9 +62,12 @@ def project_out_(
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
             Each (blocks,): `max |Q^T W| / ||W||` as it was before, and `||W||` before and after.
     """
-    B, to_basis, rounding = _basis(B, reduce)
+    B, to_basis, condition = _basis(B, reduce)
+    # What may be left of `Q^T W`, relative to `W`: products and sums over the rows err, and `Q` is not orthonormal.
+    rounding = 1024 * _FLOAT64_EPS * condition.square()
     coefficients, overlap, before = _overlap(W, B, to_basis, reduce)
-    to_remove = overlap > eps
+    # What is less cannot be told from what looking errs by, which in float64 is more than what storing does.
+    to_remove = overlap > (4 * _FLOAT64_EPS * torch.where(condition.isfinite(), condition, 1.0)).clamp(min=eps)
     left, after = overlap * to_remove, before
     for _ in range(_MAX_PASSES):
         if (left <= eps / 64).all():
@@ -90,8 +92,8 @@ def _overlap(W: torch.Tensor, B: torch.Tensor, to_basis: torch.Tensor, reduce: R
 def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`Q` in two factors, (blocks, d, n) and (blocks, n, n), the first of which is `B` itself if that will do.
 
-    Where a singular value does not count, `Q` has a column of zeros. Third, (blocks,), what rounding may leave of
-    `Q^T W` once it is removed, relative to the norm of `W`: `Q` is orthonormal up to that.
+    Where a singular value does not count, `Q` has a column of zeros. Third, (blocks,), the condition number of `B` if
+    it is the first factor, else infinity.
     """
     gram = _sum(B.mT @ B, reduce)
     eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -99,7 +101,7 @@ def _basis(B: torch.Tensor, reduce: Reduce | None) -> tuple[torch.Tensor, torch.
     sure = (eigenvalues > _SURE**2 * largest) & (largest > 0)
     to_basis = _whitening(eigenvalues, vectors, sure)
     if (sure | (largest <= 0)).all():
-        return B, to_basis, _ROUNDING * largest.squeeze(-1) / torch.where(sure, eigenvalues, torch.inf).amin(-1)
+        return B, to_basis, (largest.squeeze(-1) / torch.where(sure, eigenvalues, torch.inf).amin(-1)).sqrt()
     Q, rest = B @ to_basis, B
     for _ in range(2):
         rest = rest - Q @ _sum(Q.mT @ rest, reduce)
