@@ -11,7 +11,16 @@ from model_zoo import HIDDEN_SIZE, tiny_inputs, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from steering_cases import adapters_of, assert_same_weights, logits, over_kinds, steer, steering_config, weights_of
+from steering_cases import (
+    adapters_of,
+    assert_same_weights,
+    layers_of,
+    logits,
+    over_kinds,
+    steer,
+    steering_config,
+    weights_of,
+)
 
 BLOCK = "base_model.model.model.layers.1"
 STEERING = f"{BLOCK}.post_block_steering.steering_adapter"
@@ -67,6 +76,16 @@ def as_integers(tensors):
     tensors[f"{STEERING}.{leaf_of(tensors)}"] = tensors[f"{STEERING}.{leaf_of(tensors)}"].to(torch.int32)
 
 
+def too_large(tensors):
+    key = f"{STEERING}.{leaf_of(tensors)}"
+    tensors[key] = tensors[key].double() * 1e300
+
+
+def as_float8(tensors):
+    key = f"{STEERING}.{leaf_of(tensors)}"
+    tensors[key] = torch.full_like(tensors[key], float("nan")).to(torch.float8_e4m3fn)
+
+
 def other_rank(tensors):
     for key in tensors:
         tensors[key] = torch.randn(5, HIDDEN_SIZE) if key.endswith(".down") else torch.randn(HIDDEN_SIZE, 5)
@@ -88,6 +107,8 @@ BROKEN = {
     "NaN": (set_value(float("nan")), [STEERING, "NaN"]),
     "inf": (set_value(float("inf")), [STEERING, "infinite"]),
     "-inf": (set_value(float("-inf")), [STEERING, "infinite"]),
+    "too large for the model": (too_large, [STEERING, "infinite values in float32"]),
+    "float8 NaN": (as_float8, [STEERING, "NaN"]),
     "integers": (as_integers, [STEERING, "int32", "floating"]),
 }
 
@@ -101,6 +122,8 @@ def assert_refused(folder, *texts, error=ValueError, base=None, **kwargs):
     for text in texts:
         assert text in str(info.value)
     assert_same_weights(base, weights)
+    assert base.state_dict().keys() == weights.keys()
+    assert not layers_of(base)
     assert torch.equal(logits(base), expected)
 
     model = steer(type(base)(base.config).eval(), "silu", "first")
@@ -159,12 +182,35 @@ def test_config_of_the_other_form_is_refused(kind, other, folders, tmp_path):
     assert_refused(folder, "missing", "no place")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "qwen3", "mistral", "mixtral", "olmo2", "gpt_oss"])
+def test_adapter_for_another_architecture_is_refused_even_if_its_shapes_fit(family, folders):
+    base = tiny_model(family)
+    assert_refused(folders / "low_rank", "'llama'", f"{base.config.model_type!r}", base=base)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llava", "gemma3"])
-def test_adapter_for_another_architecture_is_refused(family, folders):
-    base = tiny_model(family, num_hidden_layers=3) if family != "llava" else tiny_model(family)
-    if family == "gemma3":  # same paths, another width
-        base = tiny_model(family, hidden_size=48)
-    assert_refused(folders / "low_rank", "post_block_steering", "trained on this base model", base=base)
+def test_tensors_are_checked_where_no_type_of_model_was_written_down(family, folders, tmp_path):
+    folder = shutil.copytree(folders / "low_rank", tmp_path / "adapter")
+    edit_config(folder, base_model_type=None)
+    # gemma3 has the same paths, so it is given another width
+    base = tiny_model(family, **({"hidden_size": 48} if family == "gemma3" else {}))
+    assert_refused(folder, "post_block_steering", "trained on this base model", base=base)
+
+
+def test_an_adapter_of_no_type_of_model_fits_every_one(folders, tmp_path):
+    folder = shutil.copytree(folders / "low_rank", tmp_path / "adapter")
+    edit_config(folder, base_model_type=None)
+    PeftModel.from_pretrained(tiny_model("qwen3"), folder)
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_config_of_a_loaded_adapter_is_a_template_like_any_other(init_weights, folders):
+    config = PeftModel.from_pretrained(tiny_model(), folders / "low_rank", is_trainable=True).peft_config["default"]
+    config.init_weights = init_weights
+    base = tiny_model("qwen3")  # another type of model, on which it makes another adapter
+    before = logits(base)
+    model = get_peft_model(base, config).eval()
+    assert torch.equal(logits(model), before) is init_weights
 
 
 def test_adapter_for_a_deeper_or_shallower_model_is_refused(folders):
@@ -283,6 +329,28 @@ def test_further_weights_are_checked_too(fields, part, problem, tmp_path):
     assert torch.equal(logits(base), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("problem", ["truncated", "NaN", "token rows missing"])
+def test_a_broken_folder_leaves_no_empty_token_rows_behind(problem, family, tmp_path):
+    model = steer(tiny_model(family), trainable_token_indices=[3, 5])
+    perturb(model)
+    model.save_pretrained(tmp_path / "good")
+    broken = shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    if problem == "truncated":
+        truncate(broken)
+    elif problem == "NaN":
+        edit_weights(broken, set_value(float("nan")))
+    else:
+        edit_weights(broken, lambda tensors: tensors.pop(next(key for key in tensors if "trainable_tokens" in key)))
+    base = tiny_model(family)
+    before = logits(base)
+    with pytest.raises((ValueError, SafetensorError, KeyError)):
+        PeftModel.from_pretrained(base, broken, low_cpu_mem_usage=True)
+    assert torch.equal(logits(base), before)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "good", low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_embeddings_of_a_resized_vocabulary_survive_saving(tmp_path):
     base = tiny_model()
     base.resize_token_embeddings(70)
@@ -316,6 +384,14 @@ def test_any_adapter_name_survives_saving_under_any_other(name, kind, tmp_path):
     by_transformers = tiny_model()
     by_transformers.load_adapter(str(folder), adapter_name=name)
     assert torch.equal(logits(by_transformers), expected)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "pop", "training", "__base__"])
+def test_what_cannot_be_the_name_of_a_module_is_refused_at_once(name):
+    base = tiny_model()
+    with pytest.raises(ValueError, match="cannot be the name of an adapter"):
+        steer(base, adapter_name=name)
+    assert not layers_of(base)
 
 
 def test_names_that_contain_each_other_are_saved_apart(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model_zoo import HIDDEN_SIZE, tiny_inputs, tiny_model
 from peft import PeftModel, get_layer_status, get_model_status
 from steering_cases import adapters_of, layers_of, logits, over_kinds, steer, steering_config, update_of
+from transformers import GenerationConfig
 
 H = torch.randn(2, 4, HIDDEN_SIZE, generator=torch.Generator().manual_seed(7))
 
@@ -164,23 +165,30 @@ def test_model_moved_to_another_dtype_keeps_working(kind):
 
 @over_kinds
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {}], ids=str)
-@pytest.mark.parametrize("given_by", ["argument", "the model's generation config"])
+@pytest.mark.parametrize("given_by", ["argument", "the model's generation config", "config", "position", "both"])
 def test_generation_steers_every_row_by_its_own_adapter(kind, arguments, given_by):
     base = tiny_model()
     model = steer(steer(base, kind, "a", seed=1, scaling=3.0), kind, "b", seed=2, scaling=3.0)
     inputs = tiny_inputs(rows=3)
+    args, kwargs = [], {"max_new_tokens": 5, "min_new_tokens": 5}
     if given_by == "argument":
-        kwargs = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **arguments}
-    else:
-        kwargs = {"max_new_tokens": 5, "min_new_tokens": 5}
+        kwargs |= {"do_sample": False, **arguments}
+    elif given_by == "the model's generation config":
         base.generation_config.update(**arguments)
+    elif given_by == "config":
+        kwargs = {"generation_config": GenerationConfig(**kwargs, **arguments)}
+    elif given_by == "position":
+        args, kwargs = [inputs.pop("input_ids"), GenerationConfig(**kwargs, **arguments)], {}
+    else:  # what the given one leaves open, `generate` takes from the model's own
+        base.generation_config.update(**arguments)
+        kwargs = {"generation_config": GenerationConfig(**kwargs)}
     expected = {}
     with model.disable_adapter():
-        expected["__base__"] = model.generate(**inputs, **kwargs)
+        expected["__base__"] = model.generate(*args, **inputs, **kwargs)
     for name in ("a", "b"):
         model.set_adapter(name)
-        expected[name] = model.generate(**inputs, **kwargs)
-    mixed = model.generate(**inputs, **kwargs, adapter_names=["b", "__base__", "a"])
+        expected[name] = model.generate(*args, **inputs, **kwargs)
+    mixed = model.generate(*args, **inputs, **kwargs, adapter_names=["b", "__base__", "a"])
     each = len(mixed) // 3
     for row, name in enumerate(["b", "__base__", "a"]):
         rows = slice(row * each, (row + 1) * each)
@@ -258,6 +266,8 @@ def test_weighted_sum_can_be_saved_trained_on_and_does_not_share_weights(kind, t
         (["low_rank"], [1], {"adapter_name": "silu"}, "already exists"),
         (["low_rank"], [1], {"combination_type": "svd"}, "svd"),
         (["with head"], [1], {}, "modules_to_save"),
+        (["low_rank"], [float("nan")], {}, "finite"),
+        (["low_rank"], ["1"], {}, "finite numbers"),
     ],
 )
 def test_sums_that_are_not_exact_are_refused_and_add_nothing(adapters, weights, kwargs, message):
@@ -337,3 +347,11 @@ def test_config_is_not_changed_by_being_used():
     for _ in range(2):
         steer(tiny_model(), "vector")
     assert config.to_dict() == before
+
+
+def test_the_tuner_itself_honours_the_names_of_adapters():
+    model = steer(tiny_model())
+    inputs = tiny_inputs()
+    expected = logits(model, inputs, adapter_names=["__base__", "default"])
+    assert not torch.equal(expected, logits(model, inputs))
+    assert torch.equal(logits(model.base_model, inputs, adapter_names=["__base__", "default"]), expected)

@@ -42,7 +42,7 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
         steering (`dict` or [`PostBlockSteeringConfig`], *optional*):
             The steering half, as a dictionary of [`PostBlockSteeringConfig`]'s fields: `r`, `steering_type`,
             `activation`, `scaling`, `dropout`, `init_weights`, `init_scale`, `target_modules`, `exclude_modules`,
-            `layers_to_transform`. Fields left out have their defaults.
+            `layers_to_transform`, `base_model_type`. Fields left out have their defaults.
 
     Raises:
         ValueError: `steering` has unknown fields, or a value that [`PostBlockSteeringConfig`] refuses.
@@ -119,6 +119,15 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
     @dropout.setter
     def dropout(self, value: float) -> None:
         self.steering["dropout"] = value
+
+    @property
+    def base_model_type(self) -> str | None:
+        """See [`PostBlockSteeringConfig`]."""
+        return self.steering["base_model_type"]
+
+    @base_model_type.setter
+    def base_model_type(self, value: str | None) -> None:
+        self.steering["base_model_type"] = value
 
     def lora_config(self) -> LoraConfig:
         """The LoRA half as a configuration of its own, which loads without this package."""

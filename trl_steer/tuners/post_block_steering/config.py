@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
 from transformers.activations import ACT2FN
 
 STEERING_TYPES = ("low_rank", "vector")
@@ -21,14 +23,27 @@ class RemembersLoading:
 
     Attributes:
         weights_follow (`bool`):
-            Whether this was read from an adapter's folder. The weights come from there too, and none need be drawn.
+            Whether this was read from an adapter's folder and no adapter was made of it yet. The weights come from
+            there too, and none need be drawn.
     """
 
     weights_follow = False
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        config = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """As in [`~peft.PeftConfig`].
+
+        Raises:
+            SafetensorError: The folder's weights cannot be read. Said here, so that no model is touched for them.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[misc]
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise SafetensorError(f"{weights} cannot be read, it may have been cut off: {error}") from error
         config.weights_follow = True
         return config
 
@@ -75,6 +90,10 @@ class PostBlockSteeringConfig(RemembersLoading, PeftConfig):
             Other modules to train in full and to save with the adapter, a classification head for example.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Rows of the embedding matrix to train, as for [`~peft.LoraConfig`].
+        base_model_type (`str`, *optional*):
+            `model_type` of the base model's text decoder, written down when an adapter is made. An adapter that was
+            read from a folder is refused by a model of another type, whose blocks may well have the same names and
+            width. `None` in a folder fits every model.
 
     Raises:
         ValueError: A field has a value that it cannot have; the message says which are allowed.
@@ -112,11 +131,15 @@ class PostBlockSteeringConfig(RemembersLoading, PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding matrix to train."}
     )
+    base_model_type: str | None = field(
+        default=None, metadata={"help": "model_type of the base model's text decoder. Written down by the tuner."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["POST_BLOCK_STEERING"]  # ours, see trl_steer.registration
         self._check_update()
+        self._check_modules()
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
         self._check_layers()
@@ -128,19 +151,20 @@ class PostBlockSteeringConfig(RemembersLoading, PeftConfig):
             raise TypeError(f"r must be an integer, got {self.r!r} of type {type(self.r).__name__}.")
         if self.r <= 0:
             raise ValueError(f"r must be at least 1, got {self.r}.")
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(f"init_weights must be True or False, got {self.init_weights!r}.")
         for name in ("scaling", "init_scale", "dropout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name} must be finite, got {value}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
         if self.init_scale <= 0:
             raise ValueError(f"init_scale must be above 0 (with W_down = 0 nothing trains), got {self.init_scale}.")
-        if self.activation is not None and (
-            self.activation not in ACT2FN or self.activation in _PARAMETRIC_ACTIVATIONS
-        ):
+        known = isinstance(self.activation, str) and self.activation in ACT2FN
+        if self.activation is not None and (not known or self.activation in _PARAMETRIC_ACTIVATIONS):
             allowed = sorted(set(ACT2FN) - set(_PARAMETRIC_ACTIVATIONS))
             raise ValueError(
                 f"activation={self.activation!r} cannot be used; use None for the identity, or one of {allowed}."
@@ -152,6 +176,21 @@ class PostBlockSteeringConfig(RemembersLoading, PeftConfig):
                         f"{name}={getattr(self, name)!r} has no meaning for steering_type='vector', which has no "
                         f"bottleneck. Leave {name} at {default!r} or use steering_type='low_rank'."
                     )
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value: Any = getattr(self, name)
+            if value is None or (isinstance(value, str) and name != "modules_to_save"):
+                continue
+            if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+                or_expression = "" if name == "modules_to_save" else ", or one regular expression"
+                raise TypeError(f"{name} must be a list of names{or_expression}; got {value!r}.")
+        tokens = self.trainable_token_indices
+        if tokens is not None and not isinstance(tokens, (list, tuple, dict)):
+            raise TypeError(
+                "trainable_token_indices must be a list of token ids, or a dictionary of such lists by the name of "
+                f"the embedding; got {tokens!r}."
+            )
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

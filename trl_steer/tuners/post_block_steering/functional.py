@@ -13,6 +13,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from .layer import PostBlockSteeringLayer, SteeringAdapter
+from .loading import check_base_model_type
 
 # What the LoRA half of a joint adapter computes is decided by these. PEFT's hot swap asks for equal dropout as well.
 _LORA_FORM = [
@@ -84,8 +85,8 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
     Raises:
         ValueError:
             There is no such adapter, it is merged or offloaded, or the other one has another form, rank, activation or
-            set of blocks (of a joint adapter also other settings of LoRA), or broken weights. Nothing has changed
-            then.
+            set of blocks (of a joint adapter also other settings of LoRA), is for another type of model, or has broken
+            weights. Nothing has changed then.
     """
     adapters = _adapters(model, adapter_name)
     current = model.peft_config[adapter_name]
@@ -97,11 +98,14 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
                 f"{path} cannot replace adapter {adapter_name!r}: its {field} is {form.get(field)!r} and {ours!r} is "
                 "loaded. Load it as a further adapter with `load_adapter` instead."
             )
+    check_base_model_type(new, model)
     if any(adapter_name in layer.merged_adapters for layer in _layers(model)):
         raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before replacing it.")
     device = next(adapters[0].parameters()).device
     if device.type == "meta":
         raise ValueError(f"Adapter {adapter_name!r} is offloaded, where its weights cannot be replaced.")
+    for adapter in adapters:
+        adapter.awaits_weights = False
     set_peft_model_state_dict(model, load_peft_weights(str(path), device=str(device), **kwargs), adapter_name)
     for adapter in adapters:
         if hasattr(adapter, "dropout"):

@@ -26,11 +26,13 @@ class SteeringAdapter(nn.Module):
 
     Attributes:
         scaling (`float`): Strength of the update.
+        awaits_weights (`bool`): Made for a folder whose weights have not been loaded yet.
         created_empty (`bool`): Made without weights (`low_cpu_mem_usage`), which are still to be loaded.
         loaded (`dict[str, torch.Tensor]`, *optional*): Weights just read, while the model is still being dispatched.
     """
 
     scaling: float
+    awaits_weights: bool = False
     created_empty: bool = False
     loaded: dict[str, torch.Tensor] | None = None
 
@@ -190,6 +192,7 @@ class PostBlockSteeringLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter. One that is about to be loaded starts as the identity: should loading fail, it stays so."""
         adapter = ADAPTERS[config.steering_type](self.hidden_size, config)
         adapter.reset_parameters(identity=config.init_weights or config.inference_mode or config.weights_follow)
+        adapter.awaits_weights = config.weights_follow
         adapter.created_empty = next(adapter.parameters()).is_meta
         adapter.train(self.training)
         self.adapters[adapter_name] = adapter

@@ -6,11 +6,30 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from torch import nn
 
+from ..blocks import text_config
 from .layer import PostBlockSteeringLayer
 from .saving import auxiliary_keys
+
+
+def check_base_model_type(config: Any, model: nn.Module) -> None:
+    """Makes sure that an adapter read from a folder is for this type of model, if both say what they are.
+
+    Raises:
+        ValueError: They are of different types.
+    """
+    theirs, ours = config.base_model_type, getattr(text_config(model), "model_type", None)
+    if theirs and ours and theirs != ours:
+        name = f", {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
+        raise ValueError(
+            f"This adapter was trained on a model of type {theirs!r}, and the base model is of type {ours!r}, whose "
+            f"hidden states mean something else, even if the shapes fit. Load the one that it was trained on{name}. "
+            "If you know that it fits this one too, set base_model_type to null in its adapter_config.json."
+        )
 
 
 def check_adapter_tensors(
@@ -63,6 +82,38 @@ def check_adapter_tensors(
         )
 
 
+def settle(model: nn.Module, adapter_name: str) -> None:
+    """Notes that the weights of an adapter are there, or can be."""
+    for adapter in _steering_adapters(model, adapter_name):
+        adapter.awaits_weights = False
+
+
+def take_back(model: Any, adapter_name: str) -> None:
+    """Leaves nothing behind of an adapter whose weights turned out not to fit, if it was made for them."""
+    if not isinstance(model, PeftModel) or not any(
+        adapter.awaits_weights for adapter in _steering_adapters(model, adapter_name)
+    ):
+        return
+    tuner: Any = model.base_model
+    if set(tuner.peft_config) == {adapter_name}:
+        tuner.unload()
+    else:
+        tuner.delete_adapter(adapter_name)
+
+
+def materialize_tokens(model: nn.Module, adapter_name: str) -> None:
+    """Gives trainable tokens that were created empty the values of the base model.
+
+    Should loading fail, PEFT's embedding layer would otherwise look for them in an empty place at every call.
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and adapter_name in module.trainable_tokens_delta:
+            delta: Any = module.trainable_tokens_delta[adapter_name]
+            if delta.is_meta and not module.weight.is_meta:
+                rows = module.weight.detach()[module.token_indices[adapter_name]].to(delta.dtype)
+                module.trainable_tokens_delta[adapter_name] = nn.Parameter(rows, requires_grad=delta.requires_grad)
+
+
 def keep_until_dispatched(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Lets adapters hold on to `tensors` where PEFT is going to dispatch a model with offloaded weights once more."""
     if not {"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()):
@@ -74,6 +125,11 @@ def keep_until_dispatched(model: nn.Module, adapter_name: str, tensors: dict[str
             adapter.loaded = {leaf: tensors[prefix + leaf] for leaf, _ in adapter.named_parameters()}
 
 
+def _steering_adapters(model: nn.Module, adapter_name: str) -> list[Any]:
+    layers = [module for module in model.modules() if isinstance(module, PostBlockSteeringLayer)]
+    return [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
+
+
 def _problem(tensor: torch.Tensor, place: torch.Tensor | None) -> str | None:
     shape = tuple(tensor.shape)
     if place is None:
@@ -82,8 +138,9 @@ def _problem(tensor: torch.Tensor, place: torch.Tensor | None) -> str | None:
         return f"has shape {shape}, the model expects {tuple(place.shape)}"
     if place.is_floating_point() and not tensor.is_floating_point():
         return f"has dtype {tensor.dtype}, floating point is expected"
-    if not torch.isfinite(tensor).all():
-        return "holds NaN or infinite values"
+    # As the model will have it: a value that is finite in float32 need not be in float16.
+    if not torch.isfinite(tensor.to(place.dtype)).all():
+        return f"holds NaN or infinite values in {str(place.dtype).removeprefix('torch.')}"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,12 +12,20 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import GenerationConfig
 
-from ..blocks import BlockMatcher, hidden_size
+from ..blocks import BlockMatcher, hidden_size, text_config
 from .config import PostBlockSteeringConfig
 from .functional import adapter_scaling, set_scaling
 from .layer import LAYER_NAME, LowRankAdapter, PostBlockSteeringLayer, VectorAdapter
-from .loading import check_adapter_tensors, keep_until_dispatched
+from .loading import (
+    check_adapter_tensors,
+    check_base_model_type,
+    keep_until_dispatched,
+    materialize_tokens,
+    settle,
+    take_back,
+)
 from .merging import fold
 from .saving import make_others_whole, whole_tensors
 
@@ -61,9 +70,12 @@ class PostBlockSteeringModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PostBlockSteeringConfig, model_config: dict):
         return peft_config  # `target_modules=None` stays, and means all blocks of whatever model this is loaded on
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.weights_follow:
+            check_base_model_type(peft_config, model)
         super()._prepare_model(peft_config, model)
         self._blocks(peft_config)
+        peft_config.base_model_type = getattr(text_config(model), "model_type", None)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str):
         return self._blocks(peft_config)(key)
@@ -88,11 +100,14 @@ class PostBlockSteeringModel(BaseTuner):
                 key.removeprefix("base_model.model.").replace(marker, f".{self.prefix}"): tensor
                 for key, tensor in state_dict.items()
             }
-        config = self.peft_config[adapter_name]
+        _check_name(adapter_name)
+        config: Any = self.peft_config[adapter_name]
         if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
             # TRL's reference adapter comes with the very configuration of the policy; each has its own strength.
             self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config = self.peft_config[adapter_name]
+        config.weights_follow = False  # they did for this adapter; as a template it is like any other
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -110,6 +125,7 @@ class PostBlockSteeringModel(BaseTuner):
             layer.adapters[adapter_name].requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        materialize_tokens(self.model, adapter_name)  # before this, everything that is made becomes empty
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # The only method of a tuner that PEFT calls after it has dispatched a model over devices.
         for layer in self._layers():
@@ -127,7 +143,12 @@ class PostBlockSteeringModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
-        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases)
+        try:
+            check_adapter_tensors(model, adapter_name, tensors, state_dict, biases)
+        except ValueError:
+            take_back(model, adapter_name)
+            raise
+        settle(model, adapter_name)
         keep_until_dispatched(model, adapter_name, tensors)
         return tensors
 
@@ -143,6 +164,13 @@ class PostBlockSteeringModel(BaseTuner):
 
     # Several adapters
 
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        """As [`~peft.PeftModel`]'s: `adapter_names` gives each row of the batch its adapter."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(adapter_names=adapter_names):
+            return super().forward(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         adapter_names = kwargs.get("adapter_names")
@@ -155,8 +183,9 @@ class PostBlockSteeringModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         # `generate` repeats each row for its beams or its sequences.
-        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        repeats = max(_generation_argument(kwargs, config, name) for name in ("num_beams", "num_return_sequences"))
+        own = getattr(self.model, "generation_config", None)
+        configs = [c for c in (*args, kwargs.get("generation_config"), own) if isinstance(c, GenerationConfig)]
+        repeats = max(_generation_argument(kwargs, configs, name) for name in ("num_beams", "num_return_sequences"))
         repeated = [name for name in adapter_names for _ in range(repeats)]
 
         def pass_adapter_names(module, args, kwargs):
@@ -236,9 +265,14 @@ class PostBlockSteeringModel(BaseTuner):
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"Give a weight for each adapter: got {len(adapters)} adapters, {len(weights)} weights.")
+        if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"The weights of a sum must be finite numbers, got {weights}.")
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
+        summed = [layer.adapters[name] for layer in self._layers() for name in adapters if name in layer.adapters]
+        if any(parameter.is_meta for adapter in summed for parameter in adapter.parameters()):
+            raise ValueError(f"Adapters whose weights are offloaded cannot be summed: {adapters}.")
         if combination_type not in ("cat", "linear"):
             raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")
         configs: list[Any] = [self.peft_config[name] for name in adapters]
@@ -290,9 +324,18 @@ class PostBlockSteeringModel(BaseTuner):
         return [layer for _, layer in self._named_layers()]
 
 
-def _generation_argument(kwargs: dict, config, name: str) -> int:
-    value = kwargs.get(name, getattr(config, name, None))
-    return value if isinstance(value, int) else 1
+def _check_name(adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name or adapter_name == "__base__" or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"{adapter_name!r} cannot be the name of an adapter. It becomes the name of a module, so it may not be "
+            "empty, have a dot or be that of an attribute; and __base__ means the base model in `adapter_names`."
+        )
+
+
+def _generation_argument(kwargs: dict, configs: list[GenerationConfig], name: str) -> int:
+    """As `generate` finds it: an argument, else what a given configuration has, else the model's own."""
+    given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in given if isinstance(value, int)), 1)
 
 
 @torch.no_grad()
