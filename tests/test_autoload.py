@@ -265,6 +265,28 @@ def test_pickled_member_opens_in_a_process_that_has_imported_nothing(server):
     assert server.run(f"import pickle; print(pickle.loads({data!r}).value)") == "POST_BLOCK_STEERING\n"
 
 
+@pytest.mark.parametrize("other", ["importlib.metadata", "email.message", "torch", "trl_steer"])
+def test_importing_peft_while_another_thread_imports_what_we_need_ends(other):
+    # In a process of its own, since what the fork server has imported no thread waits for.
+    code = f"""
+import threading
+threads = [threading.Thread(target=__import__, args=[name]) for name in ({other!r}, "peft")]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+import peft
+print("POST_BLOCK_STEERING" in peft.PeftType.__members__)
+"""
+    assert run_python(code).stdout == "True\n"
+
+
+@pytest.mark.parametrize("damage", ['sys.modules["trl_steer"] = None', 'sys.modules["trl_steer.registration"] = None'])
+def test_broken_package_breaks_peft_not_even_where_warnings_are_errors(damage):
+    code = f"import sys, warnings; {damage}; warnings.simplefilter('error', RuntimeWarning); import peft; print(peft)"
+    ran = run_python(code)
+    assert "<module 'peft'" in ran.stdout
+    assert "trl_steer could not register its PEFT types" in ran.stderr
+
+
 def test_bare_interpreter_imports_nothing_of_ours():
     # an editable install has a finder of setuptools' own
     result = run_python("import sys; print([n for n in sys.modules if n.startswith('trl')])", "-X", "importtime")

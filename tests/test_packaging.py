@@ -200,6 +200,22 @@ def test_editable_install_follows_the_checkout(source, tmp_path):
             (source / folder / "written_later.py").unlink()
 
 
+def test_another_checkout_on_the_path_goes_before_an_editable_install(source, tmp_path):
+    environment = Environment(tmp_path / "env")
+    environment.install("--editable", source)
+    other = shutil.copytree(source, tmp_path / "other")
+    code = f"""
+import sys
+sys.path.insert(0, {str(other)!r})
+import trl_steer, trl_steer.eval, trl_steer.integrations.trl
+for module in (trl_steer, trl_steer.eval, trl_steer.integrations.trl):
+    print(module.__file__)
+"""
+    files = environment.run(code).splitlines()
+    expected = ["trl_steer/__init__.py", "eval/__init__.py", "integrations/trl/__init__.py"]
+    assert files == [str(other / name) for name in expected]
+
+
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_uninstalling_leaves_nothing_behind(kind, source, wheel, tmp_path):
     environment = Environment(tmp_path / "env")
