@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_chat import tiny_model, tiny_tokenizer
 
-from trl_steer.demo import files, model, report, run, settings, task, train
+from trl_steer.demo import files, model, report, run, score, settings, task, train
 from trl_steer.tasks import listops
 from trl_steer.trainers.orthogonality import OrthogonalityConstraint
 
@@ -172,14 +172,61 @@ def test_other_settings_start_anew_and_say_which(finished, small, tmp_path, caps
     assert "seed was 0, now 1" in said
     assert f"recipe.learning_rate was {small.recipe.learning_rate}, now 0.5" in said
     assert {path.name for path in folder.iterdir()} == {"settings.json", "notes.txt"}
-    assert files.read_json(folder / "settings.json") == other.to_dict()
+    assert files.read_json(folder / "settings.json") == {"program": run.PROGRAM, **other.to_dict()}
 
 
-def test_a_folder_of_somebody_else_is_refused_untouched(small, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("precious")
+@pytest.mark.parametrize("content", [None, "", "[]", '{"title": "mine"}', '{"program": "another"}'])
+def test_a_folder_of_somebody_else_is_refused_untouched(content, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "thesis.tex").write_text("precious")
+    if content is not None:
+        (tmp_path / "settings.json").write_text(content)
+    before = sorted(tmp_path.rglob("*"))
     assert run.main(["--output", str(tmp_path)]) == 1
     assert "is not empty and was not made by this demo" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("calls", range(1, 5))
+def test_a_kill_while_an_old_run_is_removed_is_recovered_from(calls, finished, small, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    other = dataclasses.replace(small, seed=1)
+    remove = shutil.rmtree
+    left = iter(range(calls, 0, -1))
+
+    def killed(path):
+        if next(left, 0) == 1:
+            (path / next(path.iterdir()).name).unlink(missing_ok=True)  # half of a folder
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(run.shutil, "rmtree", killed)
+        try:
+            run.prepare_folder(other, folder)
+        except KeyboardInterrupt:
+            assert not (folder / "adapter").exists()
+    run.prepare_folder(small, folder)  # with the settings of the old run, of which nothing is taken for whole
+    assert {path.name for path in folder.iterdir()} <= {"settings.json", *run.OURS}
+    assert not (folder / "adapter").exists()
+    assert not (folder / "task").exists()
+
+
+def test_a_first_run_that_was_killed_while_it_wrote_its_settings_may_begin_again(small, tmp_path):
+    (tmp_path / ".settings.json.1234.partial").write_text("{")
+    run.prepare_folder(small, tmp_path)
+    assert files.read_json(tmp_path / "settings.json")["seed"] == 0
+
+
+def test_an_output_that_cannot_be_written_is_said_in_one_line(capsys):
+    assert run.main(["--output", "/proc/nowhere"]) == 1
+    assert "trl-steer demo: error: " in capsys.readouterr().err
+
+
+def test_the_printed_command_survives_commas(tmp_path):
+    words = shlex.split(score.command("a,b=1", tmp_path, tmp_path))
+    assert json.loads(words[words.index("--model_args") + 1])["pretrained"] == "a,b=1"
 
 
 def test_output_that_is_a_file_is_refused(small, tmp_path, capsys):

@@ -3,6 +3,9 @@
 import logging
 import math
 
+import torch
+from accelerate.utils import reduce
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -18,18 +21,29 @@ class TrainingDivergedError(RuntimeError):
 class DivergenceCallback(TrainerCallback):
     """Warns once when the loss rises far above where it started, and stops the run when it is no number any more.
 
-    The loss that counts is the one the trainer logs. "Far above" is more than twice the first logged loss and at least
-    1.0 more. transformers replaces a NaN loss by an average before it logs it (`logging_nan_inf_filter`), so the
-    gradient norm is watched too.
+    The loss that counts is the one the trainer logs. "Far above" is more than twice the loss of the first step, which
+    is logged for this, and at least 1.0 more. transformers replaces a NaN loss by an average before it logs it
+    (`logging_nan_inf_filter`), so the gradient norm is watched too; and before anything is saved, the trained
+    parameters, since logs may be few or none.
 
     Raises:
-        TrainingDivergedError: on a NaN or infinite loss or a NaN gradient norm, so that no such adapter is saved as if
-            it were a result.
+        TrainingDivergedError: on a NaN or infinite loss, a NaN gradient norm, or a parameter that is not finite, so
+            that no such adapter is saved as if it were a result.
     """
 
     def __init__(self):
         self.first_loss: float | None = None
         self.warned = False
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # A mean over more steps may hold the explosion already.
+        if state.global_step == 1 and args.logging_strategy != "no":
+            control.should_log = True
+        if control.should_save:
+            _check_parameters(args, state, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        _check_parameters(args, state, model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
@@ -49,6 +63,18 @@ class DivergenceCallback(TrainerCallback):
                 f"The loss at step {state.global_step} is {loss:.3g}, far above the {self.first_loss:.3g} it started "
                 f"from: this run diverges. {_advice(args)}"
             )
+
+
+@torch.no_grad()
+def _check_parameters(args, state, model) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]
+    broken = torch.tensor(float(not all(parameter.isfinite().all() for parameter in local)), device=args.device)
+    if reduce(broken, "sum"):  # on all processes, so that none waits for one that has stopped
+        raise TrainingDivergedError(
+            f"Training diverged: after step {state.global_step} trained parameters are NaN or infinite. Nothing was "
+            f"saved from this step. {_advice(args)}"
+        )
 
 
 def _advice(args) -> str:

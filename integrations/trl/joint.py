@@ -13,11 +13,21 @@ from typing import Any
 from trl import SFTConfig, TrlParser, get_peft_config
 from trl.scripts import sft as trl_sft
 
+from trl_steer.integrations.trl import launching
 from trl_steer.integrations.trl.divergence import TrainingDivergedError
-from trl_steer.integrations.trl.sft import DEFAULTS, SteeringArguments, TrainerSetupError, peft_config, run
+from trl_steer.integrations.trl.sft import (
+    DEFAULTS,
+    SteeringArguments,
+    TrainerSetupError,
+    peft_config,
+    run,
+    steering_of,
+)
 from trl_steer.integrations.trl.task_arguments import TaskError, with_task
 from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
 from trl_steer.tuners.joint_steering import JointSteeringConfig
+
+MODULE = "trl_steer.integrations.trl.joint"
 
 # LoRA's rate is that of the demo, measured on SmolLM2-135M; the steering half has the one it has alone.
 LORA_LEARNING_RATE = 1e-3
@@ -31,13 +41,17 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
-    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`].
+    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`]. Options of the launcher are ignored.
 
     Raises:
-        ValueError: if one of the halves is not to be, or the config file has an unknown key.
+        ValueError: if one of the halves is not to be, or an argument or a key of the config file is unknown or has a
+            value that it cannot have.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    steering = make_parser(prog).parse_args_and_config(argv)[-1].steering
+    return _parse(sys.argv[1:] if argv is None else argv, prog)[0]
+
+
+def _parse(argv: Sequence[str], prog: str | None) -> tuple[tuple, list[str]]:
+    steering = steering_of(make_parser(prog), argv)
     if steering == "none":
         raise ValueError("joint adaptation has a steering half; with --steering none, run `trl-steer sft --use_peft`.")
     parser = make_parser(prog)
@@ -46,22 +60,26 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
         learning_rate=LORA_LEARNING_RATE,
         steering_learning_rate=DEFAULTS[steering]["learning_rate"],
     )
-    parsed = parser.parse_args_and_config(argv)
+    parsed, launch_options = launching.parse(parser, argv)
     if not parsed[2].use_peft:
         raise ValueError("joint adaptation has a LoRA half; without it (--use_peft false), run `trl-steer sft`.")
-    return parsed
+    return parsed, launch_options
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Runs the command and returns its exit status; wrong arguments and divergence are said in one line."""
-    name = prog or "trl_steer.integrations.trl.joint"
+    name = prog or MODULE
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        *trl_arguments, arguments = parse(argv, prog)
+        (*trl_arguments, arguments), launch_options = _parse(argv, prog)
         lora: Any = get_peft_config(trl_arguments[2])
         adapter = JointSteeringConfig.from_parts(lora, peft_config(arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    status = launching.launched(MODULE, launch_options, argv)
+    if status is not None:
+        return status
     try:
         run(trl_arguments, adapter, trainer_class=JointOrthSFTTrainer)
     except (TrainingDivergedError, FloatingPointError, TrainerSetupError, TaskError) as error:

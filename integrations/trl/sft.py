@@ -2,8 +2,9 @@
 
     accelerate launch -m trl_steer.integrations.trl.sft --config recipe.yaml
 
-All of TRL's arguments and its `--config` file work as in `trl sft`; `--steering*` arguments come on top, and `--task`
-names one of our benchmarks as the data set. With `--steering none` this is TRL's script, LoRA included.
+All of TRL's arguments and its `--config` file work as in `trl sft`, options of the launcher among them;
+`--steering*` arguments come on top, and `--task` names one of our benchmarks as the data set. With `--steering none`
+this is TRL's script, LoRA included.
 """
 
 import sys
@@ -17,8 +18,11 @@ from trl import TrlParser
 from trl.scripts import sft as trl_sft
 
 from trl_steer import PostBlockSteeringConfig
+from trl_steer.integrations.trl import launching
 from trl_steer.integrations.trl.divergence import DivergenceCallback, TrainingDivergedError
 from trl_steer.integrations.trl.task_arguments import TaskError, task_as_dataset, with_task
+
+MODULE = "trl_steer.integrations.trl.sft"
 
 # What takes the place of TRL's defaults, which suit other methods, where the user gives nothing. The paper trains
 # steering at a constant rate, without warm-up or decay; the rates are those of the demo, measured on SmolLM2-135M.
@@ -40,6 +44,8 @@ class SteeringArguments:
     Where `--learning_rate` or `--lr_scheduler_type` is not given, on the command line or in the config file, the
     default depends on `steering` (`DEFAULTS`).
     """
+
+    _argument_group_name = "post-block steering"
 
     steering: Literal["low_rank", "vector", "none"] = field(
         default="low_rank",
@@ -87,24 +93,36 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
-    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`].
+    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`]. Options of the launcher are ignored.
 
     Raises:
-        ValueError: if both steering and TRL's LoRA are asked for, or the config file has an unknown key.
+        ValueError: if both steering and TRL's LoRA are asked for, or an argument or a key of the config file is
+            unknown or has a value that it cannot have.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    # The first pass only finds out which steering it is; whatever the command line or the config file says about the
-    # learning rate then goes before our default, as it goes before TRL's.
-    steering = make_parser(prog).parse_args_and_config(argv)[-1].steering
+    return _parse(sys.argv[1:] if argv is None else argv, prog)[0]
+
+
+def _parse(argv: Sequence[str], prog: str | None) -> tuple[tuple, list[str]]:
     parser = make_parser(prog)
-    parser.set_defaults(**DEFAULTS[steering])
-    parsed = parser.parse_args_and_config(argv)
-    if steering != "none" and parsed[2].use_peft:
+    parser.set_defaults(**DEFAULTS[steering_of(make_parser(prog), argv)])
+    parsed, launch_options = launching.parse(parser, argv)
+    if parsed[-1].steering != "none" and parsed[2].use_peft:
         raise ValueError(
-            f"both --steering {steering} and --use_peft (TRL's LoRA) were given, but one run trains one adapter. "
-            "Leave out --use_peft, or pass --steering none for LoRA alone."
+            f"both --steering {parsed[-1].steering} and --use_peft (TRL's LoRA) were given, but one run trains one "
+            "adapter. Leave out --use_peft, or pass --steering none for LoRA alone."
         )
-    return parsed
+    return parsed, launch_options
+
+
+def steering_of(parser: TrlParser, argv: Sequence[str]) -> str:
+    """Which steering the arguments ask for. Found out first, since the defaults of other arguments depend on it.
+
+    What the command line or the config file says about these then goes before our defaults, as it goes before TRL's.
+    """
+    steering = launching.parse(parser, argv)[0][-1].steering
+    if steering not in DEFAULTS:  # argparse does not check what comes from a config file
+        raise ValueError(f"steering: {steering!r} is unknown; use one of {', '.join(DEFAULTS)}.")
+    return steering
 
 
 def run(trl_arguments: Sequence[Any], adapter: PeftConfig | None, trainer_class: type | None = None) -> None:
@@ -135,13 +153,17 @@ def run(trl_arguments: Sequence[Any], adapter: PeftConfig | None, trainer_class:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Runs the command and returns its exit status; wrong arguments and divergence are said in one line."""
-    name = prog or "trl_steer.integrations.trl.sft"
+    name = prog or MODULE
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        *trl_arguments, arguments = parse(argv, prog)
+        (*trl_arguments, arguments), launch_options = _parse(argv, prog)
         steering = peft_config(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    status = launching.launched(MODULE, launch_options, argv)
+    if status is not None:
+        return status
     try:
         run(trl_arguments, steering)
     except (TrainingDivergedError, TrainerSetupError, TaskError) as error:

@@ -159,6 +159,52 @@ def test_a_run_that_ends_in_nan_is_stopped_and_advised(recipe, tmp_path, capsys)
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_run_that_ends_in_nan_saves_nothing_where_nothing_is_logged_either(recipe, tmp_path, capsys):
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--learning_rate", "1e38", "--max_steps", "6"]
+    assert sft.main([*argv, "--logging_strategy", "no", "--save_steps", "5"]) == 1
+    assert "trained parameters are NaN or infinite" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
+
+
+def test_the_loss_of_the_first_step_is_logged_so_that_a_rise_is_seen(recipe, tmp_path):
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--max_steps", "4", "--logging_steps", "4"]
+    assert sft.main([*argv, "--save_strategy", "steps", "--save_steps", "4"]) == 0
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 4]
+
+
+@pytest.mark.parametrize("given_by", ["argument", "config file"])
+def test_options_of_the_launcher_start_the_command_again_under_it(given_by, recipe, tmp_path, monkeypatch, capfd):
+    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "out")]
+    if given_by == "argument":
+        argv += ["--num_processes", "1", "--num_machines", "1"]
+    else:
+        with_option = tmp_path / "recipe.yaml"
+        with_option.write_text(f"{recipe.read_text()}\naccelerate_config: single_gpu\n")
+        argv[1] = str(with_option)
+    monkeypatch.setattr(sft, "run", lambda *_: pytest.fail("trained in this process"))
+    assert sft.main(argv) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_arguments_that_neither_the_command_nor_the_launcher_knows_are_refused(recipe, tmp_path, capsys):
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--num_processes", "1", "--steering_rank", "8"]
+    assert sft.main(argv) == 2
+    assert "unknown arguments --steering_rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("steering: vectr", "'vectr' is unknown"), ("steering: null", "None is unknown"), ("steering_r: 4.5", "integer")],
+)
+def test_wrong_values_in_a_config_file_are_said_in_one_line(line, said, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+    assert sft.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path), *ON_CPU]) == 2
+    assert said in capsys.readouterr().err
+
+
 def watch(losses, caplog, **more):
     callback = DivergenceCallback()
     arguments = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, learning_rate=3e-3)

