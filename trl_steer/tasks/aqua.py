@@ -7,15 +7,11 @@ import re
 
 from trl_steer.tasks.base import Row, Task
 from trl_steer.tasks.splits import official
-from trl_steer.tasks.text import ANNOUNCED, CAPITAL, SMALL, plain
+from trl_steer.tasks.text import CALLED, CAPITAL, SMALL, announced, by_rank, plain
 
-_BRACKETED = r"[(\[]\s*([A-Ea-e])\s*[)\]]"
-_ANNOUNCED = re.compile(
-    rf"{ANNOUNCED}(?:(?i:option|choice)\s*)?(?:{_BRACKETED}|({CAPITAL})|({SMALL}))",
-    re.MULTILINE,
-)
+_ANNOUNCED = announced(rf"{CALLED}(?:({CAPITAL})|({SMALL}))")
 # Not within a word, and not degrees Celsius.
-_STANDALONE = re.compile(rf"(?<!\w){_BRACKETED}|(?<![\w'\u2019\u00b0])({CAPITAL})")
+_STANDALONE = re.compile(rf"(?<!\w)[(\[]\s*([A-Ea-e])\s*[)\]]|(?<![\w'\u00b0])(?<!\u00b0\s)({CAPITAL})")
 
 
 def prompt(row: Row) -> str:
@@ -37,9 +33,8 @@ def answer(row: Row) -> str:
 
 def extract(text: str) -> str | None:
     """A letter, `A` to `E`: the last that is announced as the answer, else the last that stands alone."""
-    text = plain(text)
-    matches = _ANNOUNCED.findall(text) or _STANDALONE.findall(text)
-    return "".join(matches[-1]).upper() if matches else None
+    found = next(by_rank([*_ANNOUNCED, _STANDALONE], plain(text)), None)
+    return found[-1].upper() if found else None
 
 
 def _options(row: Row) -> list[tuple[str, str]]:

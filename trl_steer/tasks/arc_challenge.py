@@ -8,18 +8,15 @@ import re
 
 from trl_steer.tasks.base import Row, Task
 from trl_steer.tasks.splits import halves_of, official
-from trl_steer.tasks.text import ANNOUNCED, CAPITAL, SMALL, plain
+from trl_steer.tasks.text import CALLED, CAPITAL, SMALL, announced, by_rank, plain
 
-_CALLED = r"(?:(?i:option|choice)\s*)?"
-# In brackets; a bare capital; a digit that begins no quantity; a small letter.
-_LABEL = rf"(?:[(\[]\s*([A-Ea-e1-5])\s*[)\]]|({CAPITAL})|([1-5])(?!\w|[.,]\d|\s*[a-z%/])|({SMALL}))"
-_ANNOUNCED = re.compile(ANNOUNCED + _CALLED + _LABEL, re.MULTILINE)
-# A capital that opens a sentence ("A plant ...") is no label; one that stands alone or before a mark is.
-_AT_START = re.compile(r"\W*?" + _CALLED + r"(?:[(\[]\s*([A-Ea-e1-5])\s*[)\]]|([A-E1-5])(?=\s*$|[).:,](?!\d)))", re.M)
-
-_NAMED = re.compile(
-    r"(?:(?<!\w)[(\[]\s*([A-Ea-e1-5])\s*[)\]]|(?i:option|choice)\s+(?:is\s+)?([A-E1-5])(?![\w'\u2019]|[.,]\d))"
-)
+# A digit that begins no quantity: not 5 %, 5 cm, 2.5, 1/2, 1:4, 2-3, 3 x 10^8.
+_DIGIT = r"[1-5](?!\w|[.,:]\d|\s*(?:[a-z%/\u2044\u00d7*^\u00b0+]|-\s*\d))"
+_ANNOUNCED = announced(rf"{CALLED}(?:({CAPITAL})|({_DIGIT})|({SMALL}))")
+_BRACKETED = r"[(\[]\s*([A-Ea-e1-5])\s*[)\]]"
+# What the text opens with. A capital that opens a sentence ("A plant ...") is no label; one before a mark is.
+_AT_START = re.compile(rf"\A\W*?{CALLED}(?:{_BRACKETED}|([A-E1-5])(?=\s*$|[).:,](?!\d))|([a-e])[).]?\s*\Z)", re.M)
+_NAMED = re.compile(rf"(?:(?<!\w){_BRACKETED}|(?i:option|choice)\s+(?:is\s+)?([A-E1-5])(?![\w']|[.,]\d))")
 
 
 def prompt(row: Row) -> str:
@@ -44,9 +41,9 @@ def extract(text: str) -> str | None:
     Without such a word, the label that the text opens with, else the only one that it names (`(B)` or `option B`).
     """
     text = plain(text)
-    match = _ANNOUNCED.search(text) or _AT_START.match(text)
-    if match:
-        return next(group for group in match.groups() if group).upper()
+    found = next(by_rank([*_ANNOUNCED, _AT_START], text), None)
+    if found:
+        return found[0].upper()
     named = {"".join(groups).upper() for groups in _NAMED.findall(text)}
     return named.pop() if len(named) == 1 else None
 

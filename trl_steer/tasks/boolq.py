@@ -8,11 +8,13 @@ import re
 
 from trl_steer.tasks.base import Row, Task
 from trl_steer.tasks.splits import halves_of, validation_from_train
-from trl_steer.tasks.text import ANNOUNCED, plain
+from trl_steer.tasks.text import announced, by_rank, plain
 
-_ANNOUNCED = re.compile(ANNOUNCED + r"\(?((?i:true|false))\b(?!\s*/)")
-# The pair "true/false" repeats the instruction and answers nothing.
-_FIRST = re.compile(r"(?<![\w/])((?i:true|false))\b(?!\s*/)")
+# Not in the pair "true/false", which repeats the instruction and answers nothing.
+_WORD = r"(?<![\w/])(?<!/\s)((?i:true|false))\b(?!\s*/)"
+# In the line of the announcement: "Answer: the statement is false".
+_ANNOUNCED = announced(_WORD, between=r"\s*[^\n]*?")
+_ANYWHERE = re.compile(_WORD)
 ANSWERS = ["True", "False"]
 
 
@@ -32,10 +34,9 @@ def answer(row: Row) -> str:
 
 
 def extract(text: str) -> str | None:
-    """`True` or `False`: the one that the text announces as its answer, else the first that it contains."""
-    text = plain(text)
-    match = _ANNOUNCED.search(text) or _FIRST.search(text)
-    return match.group(1).capitalize() if match else None
+    """`True` or `False`: the first that the text announces as its answer, else the first that it contains."""
+    found = next(by_rank([*_ANNOUNCED, _ANYWHERE], plain(text)), None)
+    return found[0].capitalize() if found else None
 
 
 TASK = Task(

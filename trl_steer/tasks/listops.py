@@ -13,6 +13,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from trl_steer.tasks.text import plain
+
 OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[MIN": min,
     "[MAX": max,
@@ -30,9 +32,15 @@ PROMPT = (
     "Expression:\n{expression}\n"
 )
 COMPLETION = "<answer>{answer}</answer>"
-# The closing tag may be missing where generation was cut off, but the number must then end the text.
-_ANSWER = re.compile(
-    r"<answer>[\s*$]*(?:\\boxed\{)?\s*(-?\d{1,99})(?:\.0*)?\s*\}?[\s*$]*(?:</answer>|\Z)", re.ASCII | re.IGNORECASE
+# Each opening tag with what follows it, up to the next tag of its kind. The closing tag may be missing, whole or in
+# part, where generation was cut off.
+_TAGGED = re.compile(
+    r"<\s*answer\s*>(?P<content>.*?)(?=<\s*[/\\]?\s*answer\b|</?[a-z]*\Z|\Z)", re.DOTALL | re.IGNORECASE
+)
+# A whole number and no other, also as the value of an equation or a sentence, in whatever marks.
+_WHOLE_NUMBER = re.compile(
+    r"(?:.*=|(?:the\s+)?(?:final\s+)?(?:answer|result|value)(?:\s+is)?\s*:?)?[^\w\-]*(-?\d{1,99})(?:\.0*)?[^\w]*",
+    re.DOTALL | re.ASCII | re.IGNORECASE,
 )
 
 
@@ -46,8 +54,11 @@ def completion(answer: int | str) -> str:
 
 def extract(text: str) -> str | None:
     """The whole number inside the first `<answer>` tags of generated text that hold one, else None."""
-    match = _ANSWER.search(unicodedata.normalize("NFKC", text))
-    return str(int(match.group(1))) if match else None
+    for tagged in _TAGGED.finditer(unicodedata.normalize("NFKC", text)):
+        match = _WHOLE_NUMBER.fullmatch(plain(tagged["content"]).removeprefix("Answer:").strip())
+        if match:
+            return str(int(match.group(1)))
+    return None
 
 
 def example(expression: str) -> dict[str, str]:

@@ -8,14 +8,17 @@ import re
 
 from trl_steer.tasks.base import Row, Task
 from trl_steer.tasks.splits import halves_of, validation_from_train
-from trl_steer.tasks.text import ANNOUNCED, plain
+from trl_steer.tasks.text import FILLER, MARK, SENTENCE, by_rank, plain
 
 _NUMBERS = {"1": "Option1", "one": "Option1", "2": "Option2", "two": "Option2"}
-_OPTION = r"(?i:option)\s*[#(]?\s*((?i:1|2|one|two))\b"
-_MARK = re.compile(r"(?i:\banswer\b)\s*(?:(?i:is)\b|[:=\-])")
-_AFTER_MARK = re.compile(_OPTION)
-_NUMBER_ALONE = re.compile(ANNOUNCED + r"\(?([12])\b(?![.,]?\d|\s+[a-z])")
-_NOTHING_ELSE = re.compile(r"\W*" + _OPTION + r"\W*")
+_OPTION = r"(?<![A-Za-z])(?i:option)[\s#(\[:_\"'\-]*(?:(?i:number|no\.)\s*)?((?i:1|2|one\b|two\b))(?!\d|[.,]\d)"
+_ALONE = r"(?:(?i:number|no\.)\s*|#)?((?i:1|2|one|two))\b(?![.,/\-]?\d|\s+(?!because|since|as)[a-z])"
+# By rank: behind the mark, right there or the first option after it; right behind a sentence; a text of nothing else.
+_RANKS = (
+    re.compile(f"{MARK}(?:{FILLER}{_ALONE}|.*?{_OPTION})", re.DOTALL),
+    re.compile(f"{SENTENCE}{FILLER}(?:{_ALONE}|{_OPTION})"),
+    re.compile(rf"\A[\W_]*(?:(?i:answer)\s+)?{_OPTION}[\W_]*\Z"),
+)
 
 
 def prompt(row: Row) -> str:
@@ -34,14 +37,12 @@ def answer(row: Row) -> str:
 
 
 def extract(text: str) -> str | None:
-    """`Option1` or `Option2`: the first that follows `Answer:`; without that word, a text that is only an option."""
-    text = plain(text)
-    mark = _MARK.search(text)
-    if mark is None:
-        match = _NOTHING_ELSE.fullmatch(text)
-    else:
-        match = _AFTER_MARK.search(text, mark.end()) or _NUMBER_ALONE.match(text, mark.start())
-    return _NUMBERS[match.group(1).lower()] if match else None
+    """`Option1` or `Option2`: the first that follows `Answer:`; without it, the first that a sentence announces.
+
+    Without any announcement, a text that is nothing but an option.
+    """
+    found = next(by_rank(_RANKS, plain(text)), None)
+    return _NUMBERS[found[0].lower()] if found else None
 
 
 TASK = Task(
