@@ -51,26 +51,33 @@ class TaskScriptArguments(ScriptArguments):
     def __post_init__(self):
         if self.dataset_test_split is None:
             self.dataset_test_split = "validation" if self.task else "test"
+        if self.task_rows is not None and self.task_rows < 1:
+            raise ValueError(f"--task_rows must be at least 1, got {self.task_rows}.")
         if self.task is not None and self.task_splits not in get_task(self.task).splits:
             raise ValueError(f"--task_splits {self.task_splits}: choose {' or '.join(get_task(self.task).splits)}.")
 
-    def load(self) -> Any:
+    def load(self, evaluate: bool = False) -> Any:
         """The splits of `task`, as a `DatasetDict`.
+
+        Args:
+            evaluate (`bool`, *optional*, defaults to `False`): Whether the split to evaluate on has to be there too.
 
         Raises:
             TaskError: if they cannot be had, or have no rows to train on.
         """
+        needed = [self.dataset_train_split, *([self.dataset_test_split] if evaluate else [])]
         given = {"dataset_path": self.dataset_name, "config": self.dataset_config}
         source = {key: value for key, value in given.items() if value is not None}
         try:
             splits = load_task(str(self.task), self.task_splits, conversational=self.task_conversational, **source)
         except (ConnectionError, FileNotFoundError, ValueError) as error:
             raise TaskError(" ".join([f"--task {self.task}: {error}", *getattr(error, "__notes__", [])])) from error
-        if self.dataset_train_split not in splits:
-            raise TaskError(
-                f"--task {self.task}: this copy of the data set gives {', '.join(splits)} and no "
-                f"{self.dataset_train_split}. Name another with --dataset_name or --dataset_config."
-            )
+        for name in needed:
+            if name not in splits:
+                raise TaskError(
+                    f"--task {self.task}: this copy of the data set gives {', '.join(splits)} and no {name}. Name "
+                    "another with --dataset_name or --dataset_config, or another split."
+                )
         if self.task_rows is None:
             return splits
         return type(splits)(
@@ -99,7 +106,7 @@ def task_as_dataset(trl_arguments: Sequence[Any]) -> Iterator[Sequence[Any]]:
     mixture = trl_arguments[-1]
     if mixture.datasets:
         raise TaskError(f"both --task {script.task} and `datasets` were given, but a run has one data set.")
-    rows = script.load()
+    rows = script.load(evaluate=trl_arguments[1].eval_strategy != "no")
     theirs = trl.get_dataset
     trl.get_dataset = lambda _mixture: rows  # type: ignore[misc, assignment]
     try:

@@ -83,6 +83,8 @@ def test_dataset_name_and_config_name_another_copy(hub, tmp_path):
         (["--task", "boolq", "--task_splits", "paper"], "choose default or steerling"),
         (["--task", "boolq", "--dataset_config", "nowhere"], "'nowhere' not found"),
         (["--task", "boolq", "--dataset_train_split", "training"], "no training. Name another"),
+        (["--task", "boolq", "--dataset_test_split", "nope", "--eval_strategy", "steps"], "no nope. Name another"),
+        (["--task", "boolq", "--task_rows", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_said_in_one_line(hub, model_folder, tmp_path, capsys, arguments, said):

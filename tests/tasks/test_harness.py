@@ -158,6 +158,15 @@ def test_metadata_names_another_config_for_one_task_or_for_the_run(hub, tmp_path
         assert len(model.requests) == 4
 
 
+def test_arguments_of_a_model_do_not_reach_the_generator_of_expressions():
+    small = {"train": 4, "validation": 4, "test": 6}
+    expected = harness.documents("listops_synthetic", listops_synthetic=small)["test"].to_list()
+    of_model = {"seed": 7, "max_tokens": 20, "listops_synthetic": small}
+    assert harness.documents("listops_synthetic", **of_model)["test"].to_list() == expected
+    other = harness.documents("listops_synthetic", listops_synthetic={**small, "seed": 7})["test"].to_list()
+    assert other != expected
+
+
 def test_fewshot_examples_show_prompt_and_completion_of_training_rows(hub):
     model = oracle()
     evaluate(model, ["steer_gsm8k"], num_fewshot=2, limit=1)

@@ -164,6 +164,20 @@ def test_path_and_config_can_be_given(hub, tmp_path):
     assert {name: len(rows) for name, rows in loaded.items()} == {"train": 8, "validation": 2, "test": 4}
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize("benchmark", ["gsm8k", "winogrande"])
+def test_a_copy_with_one_config_needs_no_name_for_it(benchmark, ending, tmp_path):
+    rows = task_rows.rows_of(benchmark)
+    (tmp_path / "mine").mkdir()
+    for split, part in {"train": rows[:20], "validation": rows[20:30], "test": rows[30:40]}.items():
+        data = datasets.Dataset.from_list(part)
+        (data.to_parquet if ending == "parquet" else data.to_json)(tmp_path / "mine" / f"{split}.{ending}")
+    loaded = load_task(benchmark, dataset_path=str(tmp_path / "mine"))
+    assert {name: len(part) for name, part in loaded.items()} == {"train": 16, "validation": 4, "test": 10}
+    with pytest.raises(ValueError, match="not found"):
+        load_task(benchmark, dataset_path=str(tmp_path / "mine"), config="large")
+
+
 def test_changed_copy_is_read_anew(hub, tmp_path):
     copy = str(private_copy(tmp_path))
     assert len(load_task("boolq", dataset_path=copy, config="small")["test"]) == 4

@@ -39,16 +39,19 @@ def resolve(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) ->
     source = {**defaults, **overrides}
     if "dataset_path" in source and "dataset_path" not in overrides:
         source["dataset_path"] = _in_mirror(source["dataset_path"])
+    elif "config" in source and "config" not in overrides:
+        source["config"] = _config_in_copy(source["dataset_path"], source["config"])
     return source
 
 
 def from_metadata(task: str, defaults: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What lm-eval's `--metadata` says about the source of `task`.
 
-    Entries under the task's name are for it alone. Top-level entries are for every task of the run, so they suit a
-    run of one. lm-eval mixes the model's arguments into the same mapping, so other keys are not ours to judge.
+    Entries under the task's name are for it alone. At the top level `dataset_path` and `config` are for every task of
+    the run, so they suit a run of one. lm-eval mixes the model's arguments into the same mapping, so other keys are
+    not ours to judge, a generator's `seed` among them.
     """
-    for_all = {key: metadata[key] for key in defaults if key in metadata}
+    for_all = {key: metadata[key] for key in ("dataset_path", "config") if key in defaults and key in metadata}
     for_task = metadata.get(task, {})
     if not isinstance(for_task, Mapping):
         raise ValueError(f"--metadata has {task!r}: {for_task!r}; expected an object like {dict(defaults)}.")
@@ -99,6 +102,19 @@ def _from_environment(task: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"{expected}, got {text!r}")
     return entry
+
+
+def _config_in_copy(dataset_path: str, default: str | None) -> str | None:
+    """The config to read of a copy that was named without one: the only one it has, where it lacks the task's own."""
+    import datasets
+
+    if not Path(dataset_path).is_dir():
+        return default
+    try:
+        names = datasets.get_dataset_config_names(dataset_path)
+    except (FileNotFoundError, ValueError):
+        return default  # reading it will say what is wrong
+    return names[0] if default not in names and len(names) == 1 else default
 
 
 def _in_mirror(dataset_path: str) -> str:
