@@ -126,7 +126,12 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "rejected_key":
             self.send(401, {"error": {"message": f"Incorrect API key: {self.headers['Authorization']}"}})
         else:
-            words = {"500": "internal error", "429": "Rate limit reached for requests", "400": "too long"}[fault]
+            words = {
+                "500": "internal error",
+                "429": "Rate limit reached for requests",
+                "400": "too long",
+                "403": "no",
+            }[fault]
             self.send(int(fault), {"error": {"message": words, "type": "error"}})
 
     def send(self, status, content):

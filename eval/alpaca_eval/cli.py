@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer alpaca-eval")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     for name, help_line in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=help_line, description=help_line)
+        # In full only: `--api-key` would be taken for `--api-key-env`, and the key for the name of a variable.
+        subparser = subparsers.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
         if name == chosen:
             command = importlib.import_module(f".commands.{name}", __package__)
             command.add_arguments(subparser)

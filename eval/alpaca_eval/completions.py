@@ -7,7 +7,7 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,10 @@ class MissingLogprobsError(UnusableAnswerError):
     """An answer without log-probabilities: this will not be another judge for another row."""
 
 
+class StoppedError(BaseException):
+    """No request is to be made any more. Not an `Exception`, which the client would take for a lost connection."""
+
+
 class RefusedError(RuntimeError):
     """The endpoint would not answer a request, for its rate or its content."""
 
@@ -64,12 +68,31 @@ class Settings:
         in_flight (`int`): Most requests at a time.
         retries (`int`): How often the client repeats a request that met a 429, a 5xx, a time-out or no connection,
             with growing pauses.
-        timeout (`float`): Seconds until a request counts as failed.
+        timeout (`float`): Seconds without any byte of an answer after which a request counts as failed.
     """
 
     in_flight: int = 5
     retries: int = 8
     timeout: float = 120.0
+
+
+def as_preferences(parser: Callable[[Any], Iterable[Any]]) -> Callable[[Any], list[float]]:
+    """A parser of the package's, its values as the numbers that the package works with: 1 to 2, 1.5 for a draw.
+
+    Some give 0 for a draw, or text. Over one such value the package fails for all rows, after the last call.
+    """
+
+    def parse(completion: Any) -> list[float]:
+        return [_preference(value) for value in parser(completion)]
+
+    return parse
+
+
+def _preference(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no preference")
+    number = float(value)
+    return 1.5 if number == 0 else number
 
 
 class Completions:
@@ -137,7 +160,8 @@ class Completions:
         given = decoding.get("client_kwargs") or {}
         client = {"timeout": self._settings.timeout, "max_retries": self._settings.retries, **given}
         # One pool of connections. The package makes a client for every call, which takes 0.1 s without this.
-        client.setdefault("http_client", openai.DefaultHttpxClient(timeout=client["timeout"]))
+        hooks = {"request": [self._not_if_stopped]}
+        client.setdefault("http_client", openai.DefaultHttpxClient(timeout=client["timeout"], event_hooks=hooks))
         return {
             **decoding,
             "num_procs": 1,
@@ -149,6 +173,11 @@ class Completions:
             "client_kwargs": client,
         }
 
+    def _not_if_stopped(self, request: Any) -> None:
+        """Ends the client's retries too, which know nothing of an interruption."""
+        if self._stopped is not None:
+            raise StoppedError(self._stopped)
+
     def _probe(self, prompts: list[str], decoding: Mapping[str, Any]) -> None:
         """One call before all others; where it fails for what is in its row, one for another row."""
         tried = prompts[:PROBES]
@@ -156,8 +185,13 @@ class Completions:
             error = self._ask_for([prompt], decoding, probing=True)
             if error is None:
                 break
-            # A judge that has answered before is not at fault where a few rows are left that fail.
-            if not _is_about_the_row(error) or (number == len(tried) and not self._answers):
+            if _is_final(error):
+                raise self._cannot_ask(error)
+            # A judge that has answered before need not be at fault: a few rows may be left that fail. If it is, ten
+            # failures in a row will end the asking.
+            if self._answers:
+                break
+            if not _is_about_the_row(error) or number == len(tried):
                 raise self._cannot_ask(error)
         self.failures.clear()  # those rows have their turn with the others
         self._in_a_row = 0
@@ -214,6 +248,9 @@ class Completions:
                 self.requests += len(pending)
             try:
                 answers = self._call(pending, decoding)
+            except StoppedError as stopped:
+                error = error or AskingError(str(stopped))
+                break
             except Exception as raised:  # whatever it is, it must not cost the other rows
                 error = raised
                 if _is_final(raised):
@@ -233,7 +270,7 @@ class Completions:
         for answer in answers:
             # What the package gives for a request that was refused for its rate or by a content filter.
             if answer.get("completions_all") == {"text": "", "total_tokens": 0}:
-                raise RefusedError(f"the endpoint refused the request, also after {self._settings.retries} retries")
+                raise RefusedError("the endpoint refused the request, for its rate or its content")
         return answers
 
     def _keep(self, prompts: list[str], answers: list[dict[str, Any]]) -> tuple[list[str], UnusableAnswerError | None]:
@@ -256,15 +293,13 @@ class Completions:
 
     def _check(self, answer: Mapping[str, Any]) -> None:
         """Raises unless the package's parser finds a judgement for each row of the prompt."""
-        completion = answer[self._annotator.completion_key]
-        is_valid = package.load().utils.validate_alpacaeval_preference
+        completion = answer.get(self._annotator.completion_key)
         try:
-            values = list(self._annotator.fn_completion_parser(completion))
-            judged = [value == 0 or bool(is_valid(float(value), is_allow_nan=False)) for value in values]
+            values = self._annotator.fn_completion_parser(completion)
         except Exception as error:
             _require_logprobs(completion)
             raise UnusableAnswerError(f"the answer cannot be read ({type(error).__name__})") from error
-        if len(judged) != self._annotator.batch_size or not all(judged):
+        if len(values) != self._annotator.batch_size or not all(1 <= value <= 2 for value in values):
             _require_logprobs(completion)
             raise UnusableAnswerError(f"the answer names no winner: {str(answer.get('completions'))[:80]!r}")
 
@@ -287,9 +322,12 @@ def _require_logprobs(completion: Any) -> None:
     """Raises `MissingLogprobsError` if a whole answer, from which no judgement could be read, has none."""
     if not isinstance(completion, Mapping):
         return
-    logprobs = completion.get("logprobs") or {}
-    if "content" in logprobs:  # of a chat; some servers send the frame without anything in it
-        logprobs = [token for token in logprobs["content"] or [] if token.get("top_logprobs")]
+    logprobs = completion.get("logprobs")
+    if isinstance(logprobs, Mapping) and "content" in logprobs:
+        # Of a chat; some servers send the frame without anything in it.
+        logprobs = logprobs["content"]
+        if isinstance(logprobs, list):
+            logprobs = [token for token in logprobs if not isinstance(token, Mapping) or token.get("top_logprobs")]
     if not logprobs:
         raise MissingLogprobsError(
             "the answer has no log-probabilities (logprobs, top_logprobs), which this judge reads its judgement from"
@@ -301,10 +339,10 @@ def _key(prompt: str) -> str:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether every other request would fail in the same way."""
+    """Whether every other request would fail in the same way. A 403 may be about the content of one row."""
     import openai
 
-    return isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError)
+    return isinstance(error, openai.AuthenticationError | openai.NotFoundError)
 
 
 def _is_about_the_row(error: Exception) -> bool:

@@ -22,6 +22,10 @@ OPENAI = "https://api.openai.com/v1"
 OPENAI_FUNCTION = "openai_completions"
 KEY_VARIABLE = "OPENAI_API_KEY"
 CONFIG = "configs.yaml"
+# Without hyphens and underscores. Tokens are also what a model reads and writes, so not every one is meant.
+_SECRET_SETTING = re.compile(
+    r"apikey|authorization|secret|password|cookie|headers$|query$|^(?:api|auth|access|bearer|hf)?token$", re.IGNORECASE
+)
 
 
 class JudgeError(ValueError):
@@ -135,24 +139,48 @@ def _read(judge: str) -> tuple[dict[str, dict[str, Any]], bool]:
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise JudgeError(f"{path} is not YAML: {error.reason}.") from None
     except yaml.YAMLError as error:
-        raise JudgeError(f"{path} is not YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)  # its text quotes the line, which may hold a key
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise JudgeError(f"{path} is not YAML{where}.") from None
     if not isinstance(config, dict) or not all(isinstance(value, dict) for value in config.values()) or not config:
         raise JudgeError(f"{path} should map the judge's name to its settings, as the package's {CONFIG} files do.")
     for name, annotator in config.items():
-        if _has_key(annotator):
+        secret = _secret(annotator)
+        if secret:
             raise JudgeError(
-                f"{path} has an api_key under {name}. Keys belong in an environment variable, {KEY_VARIABLE} or the "
-                "one that --api-key-env names."
+                f"{path} has {secret} under {name}, which may hold a key. Keys belong in an environment variable, "
+                f"{KEY_VARIABLE} or the one that --api-key-env names."
             )
         annotator["prompt_template"] = _prompt(path, name, annotator.get("prompt_template"))
+        _check_requests(path, name, annotator)
     return config, shipped
 
 
-def _has_key(value: Any) -> bool:
+def _check_requests(path: Path, name: str, annotator: dict[str, Any]) -> None:
+    """What is read of a judge's settings here; the rest is for the package to check."""
+    settings = annotator.get("completions_kwargs") or {}
+    client = settings.get("client_kwargs") or {} if isinstance(settings, Mapping) else {}
+    if not isinstance(settings, Mapping) or not isinstance(client, Mapping):
+        raise JudgeError(f"{path}: completions_kwargs of {name}, and client_kwargs in it, should be mappings.")
+    if not isinstance(settings.get("model_name"), str) or not isinstance(client.get("base_url") or "", str):
+        raise JudgeError(
+            f"{path}: completions_kwargs of {name} should have a model_name, and it and base_url be text."
+        )
+
+
+def _secret(value: Any) -> str | None:
+    """The name of what may hold a key in a judge's settings; headers and queries may."""
     if isinstance(value, Mapping):
-        return any("api_key" in str(name) or _has_key(item) for name, item in value.items())
-    return False
+        names = (str(name) for name in value if _SECRET_SETTING.search(re.sub(r"[-_\s]", "", str(name))))
+        return next(names, None) or _secret(list(value.values()))
+    if isinstance(value, list):
+        return next((found for item in value if (found := _secret(item))), None)
+    if isinstance(value, str) and re.search(r"://[^/\s]*@", value):
+        return "a URL with credentials"
+    return None
 
 
 def _prompt(config: Path, name: str, given: Any) -> str:
@@ -188,12 +216,13 @@ def check_endpoint(endpoint: str) -> str:
         JudgeError: if it is no URL, or carries a secret.
     """
     parts = urlsplit(endpoint)
-    if parts.username or parts.password or parts.query:
+    if "@" in endpoint or ";" in parts.path or parts.query or parts.fragment:
         raise JudgeError(
-            "the endpoint's URL may not hold credentials or a query, since it is written to result files."
+            "the endpoint's URL may not hold credentials, a query or a fragment, since it is written to result files."
         )
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise JudgeError(f"the endpoint {endpoint!r} is no URL like http://localhost:8000/v1.")
+        shown = f" {endpoint!r}" if "://" in endpoint else ""  # without a scheme it may be a key, by mistake
+        raise JudgeError(f"the endpoint{shown} is no URL like http://localhost:8000/v1.")
     return endpoint.rstrip("/")
 
 
@@ -215,10 +244,13 @@ def keys(endpoint: str | None, variable: str | None) -> tuple[str, ...]:
     """
     name = variable or KEY_VARIABLE
     found = tuple(part.strip() for part in os.environ.get(name, "").split(",") if part.strip())
+    # By mistake it may be the key itself that was given, which is not to be shown.
+    is_name = re.fullmatch(r"[A-Z][A-Z0-9_]*", name)
+    shown = f"the environment variable {name if is_name else 'that --api-key-env names'}"
     if not found and (variable is not None or endpoint == OPENAI):
-        raise JudgeError(f"the environment variable {name} is empty; it should hold the key.")
+        raise JudgeError(f"{shown} is empty; it should hold the key.")
     if not all(part.isascii() and part.isprintable() for part in found):
-        raise JudgeError(f"the key in the environment variable {name} has a character that no HTTP header can carry.")
+        raise JudgeError(f"the key in {shown} has a character that no HTTP header can carry.")
     return found
 
 

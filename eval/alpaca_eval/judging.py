@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from trl_steer.demo.files import read_json, write_json, write_text
 
 from . import metrics, package
-from .completions import Completions, Estimate, Settings
+from .completions import Completions, Estimate, Settings, as_preferences
 from .journal import Journal
-from .judges import LEADERBOARD, OPENAI, Judge
+from .judges import LEADERBOARD, OPENAI, Judge, JudgeError
 from .redaction import Redactor
 from .reference import COUNT, Reference
 from .rows import Outputs
@@ -59,22 +59,30 @@ def ask(
     """Has the package annotate the outputs, with every answer of the judge written down as it comes in.
 
     Raises:
+        JudgeError: if the package cannot make a judge of its settings.
         AskingError: if the first call fails.
     """
     import pandas
 
     redactor = Redactor(judge.keys)
     with package.quiet(redactor):
-        annotator = package.load().annotators.PairwiseAnnotator(
-            annotators_config=judge.write(cache),
-            seed=SEED,
-            caching_path=None,
-            is_avoid_reannotations=False,
-            is_store_missing_annotations=False,
-        )
+        config = judge.write(cache)
+        try:
+            annotator = package.load().annotators.PairwiseAnnotator(
+                annotators_config=config,
+                seed=SEED,
+                caching_path=None,
+                is_avoid_reannotations=False,
+                is_store_missing_annotations=False,
+            )
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise JudgeError(
+                f"the package alpaca-eval cannot make a judge of {judge.name}'s settings: {redactor(str(error))}"
+            ) from error
         journal = Journal(judge.folder(cache) / ANSWERS)
         stand_ins = []
         for single in annotator.annotators.values():
+            single.fn_completion_parser = as_preferences(single.fn_completion_parser)
             single.fn_completions = Completions(single, judge, journal, settings, redactor, confirm)
             stand_ins.append(single.fn_completions)
         rows = list(outputs.by_row)
@@ -159,6 +167,10 @@ def not_comparable(result: dict[str, Any]) -> list[str]:
         reasons.append(f"the judge is {judge['name']} ({models}), and the leaderboard's is {LEADERBOARD} as shipped")
     if judge["endpoint"] != OPENAI:
         reasons.append(f"the judge was asked at {judge['endpoint'] or 'its provider'}, not at {OPENAI}")
+    if result["name"] == result["baseline"]:
+        reasons.append(
+            f"the model is named {result['name']} like the baseline, whose numbers the package then gives it"
+        )
     if not result["reference"]["verified"]:
         reasons.append("the reference files could not be verified against the Hub")
     return reasons

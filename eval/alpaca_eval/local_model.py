@@ -11,6 +11,8 @@ from . import prompts
 
 ADAPTER_CONFIG = "adapter_config.json"
 _READ_AT_MOST = 256 * 2**20
+# What decides a model's outputs in its folder.
+_READ = ("*.safetensors", "*.bin", "config.json", ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LocalModel:
 
     def __init__(self, model: str, adapter: str | None, form: str, dtype: str = "auto", device: str | None = None):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         if (Path(model) / ADAPTER_CONFIG).is_file():
             if adapter is not None:
@@ -62,6 +64,12 @@ class LocalModel:
             device = found.type if found else "cpu"
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         loaded = loaded.to(device)
+        # The tokens that begin and end a text are the model's; how it writes is for `Sampling` alone to say, and what
+        # that leaves open `generate` would take from the model: a repetition penalty, a number of beams.
+        theirs = loaded.generation_config
+        loaded.generation_config = GenerationConfig(
+            **{name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        )
         total = sum(parameter.numel() for parameter in loaded.parameters())
         self.parameters = {"base": total, "adapter": None}
         self.source = {"model": model, "adapter": adapter}
@@ -117,7 +125,8 @@ def _fingerprint(sources: list[str], config: Any) -> str:
     """Tells apart what was loaded from the same place at another time, after a new training for example."""
     state = [str(getattr(config, "_commit_hash", None))]  # of what came from the Hub
     for source in sources:
-        for file in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []:
+        files = [file for pattern in _READ for file in Path(source).glob(pattern)] if Path(source).is_dir() else []
+        for file in sorted(files):
             status = file.stat()
             # A large file is not read a second time.
             large = status.st_size > _READ_AT_MOST

@@ -84,6 +84,8 @@ def quiet(redactor: Redactor) -> Iterator[None]:
         with warnings.catch_warnings():
             # scikit-learn announces what its next version will no longer take.
             warnings.filterwarnings("ignore", category=FutureWarning, module="sklearn")
+            # pydantic quotes what an endpoint answers where it should not, which may be the key.
+            warnings.filterwarnings("ignore", module="pydantic")
             yield
     finally:
         root.removeFilter(passed_on)

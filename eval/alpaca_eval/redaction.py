@@ -20,14 +20,15 @@ class Redactor:
     """Replaces secrets in text, also within lists and dictionaries.
 
     Args:
-        secrets (`Iterable[str]`): What must not be shown, besides the values of all environment variables whose name
-            speaks of a key, token, secret or password.
+        secrets (`Iterable[str]`): What must not be shown.
+        ambient (`bool`, *optional*, defaults to `True`): Nor the values of all environment variables whose name speaks
+            of a key, token, secret or password.
     """
 
-    def __init__(self, secrets: Iterable[str] = ()):
-        ambient = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
+    def __init__(self, secrets: Iterable[str] = (), ambient: bool = True):
+        values = (value for name, value in os.environ.items() if ambient and _SECRET_NAME.search(name))
         # Package users give several keys in one variable, separated by commas.
-        parts = {part for value in (*ambient, *secrets) for part in (value, *value.split(","))}
+        parts = {part for value in (*values, *secrets) for part in (value, *value.split(","))}
         long = {part.strip() for part in parts if len(part.strip()) >= _SHORTEST}
         # An error may quote a body or a value of Python, in which a quote or a backslash is escaped.
         forms = long | {repr(part)[1:-1] for part in long} | {json.dumps(part)[1:-1] for part in long}

@@ -74,6 +74,8 @@ def read(path: Path) -> list[Row]:
 
 def _row(file: Path) -> Row:
     result = read_json(file)
+    if not isinstance(result, dict) or not {*_NUMBERS.values(), "judge", "missing_rows"} <= result.keys():
+        raise ValueError(f"{file} was not written by `trl-steer alpaca-eval judge`.")
     settings = file.parent.parent / SETTINGS
     counts = (read_json(settings).get("parameters") if settings.is_file() else None) or {}
     judge = result["judge"]

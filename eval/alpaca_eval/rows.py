@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def read(path: Path, reference: Sequence[dict[str, str]]) -> Outputs:
         raise OutputsError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise OutputsError(f"{path} should hold a list of rows with instruction, output and generator.")
-    places: dict[str, deque[int]] = defaultdict(deque)
+    places: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(reference):
         places[row["instruction"]].append(index)
     by_row, generators = {}, set()
@@ -69,7 +69,10 @@ def read(path: Path, reference: Sequence[dict[str, str]]) -> Outputs:
                 f"row {number} of {path}: the instruction {row['instruction'][:60]!r} is not in the reference set, "
                 "or there more often than in it. Its text must be the reference's, character by character."
             )
-        by_row[place.popleft()] = row["output"]
+        # Where an instruction is there twice, its data set tells which one is meant.
+        index = next((index for index in place if reference[index]["dataset"] == row.get("dataset")), place[0])
+        place.remove(index)
+        by_row[index] = row["output"]
         generators.add(row["generator"])
     if len(generators) != 1:
         raise OutputsError(f"{path} should hold the outputs of one generator, got {', '.join(sorted(generators))}.")

@@ -27,6 +27,10 @@ class ServedModel:
         import openai
 
         self._redactor = Redactor([key] if key else [])
+        # An output is what a model says, and stays what it is: PASSWORD=postgres must not blank that word. What it
+        # says is the key only if that is none that a person would write.
+        is_drawn = key is not None and len(key) >= 16 and any(letter.isdigit() for letter in key)
+        self._output_redactor = Redactor([key] if key and is_drawn else [], ambient=False)
         self.source = {"model": model, "adapter": None}
         self.parameters = self.weights = None  # only the server knows
         self._model, self.form = model, prompts.CHAT if form == prompts.AUTO else form
@@ -52,7 +56,9 @@ class ServedModel:
             raise ServedModelError(self._redactor(f"{type(error).__name__}: {error}")) from None
         if text is None:
             raise ServedModelError("an answer of the endpoint holds no text")
-        return str(self._redactor(text)).strip()
+        if not isinstance(text, str):
+            raise ServedModelError(f"an answer of the endpoint holds {type(text).__name__} where text should be")
+        return str(self._output_redactor(text)).strip()
 
     def _request(self, instruction: str, sampling: Sampling) -> str | None:
         chosen = {

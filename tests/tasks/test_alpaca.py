@@ -45,6 +45,37 @@ def test_any_file_with_the_columns_is_training_data(tmp_path, name):
     assert splits["train"].to_list() == EXAMPLES
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows[1].jsonl"])
+def test_values_are_the_text_that_the_file_has(tmp_path, name):
+    rows = [
+        {"instruction": "Which code?", "input": "NA", "output": "null"},
+        {"instruction": "Which number?", "input": "0", "output": "1"},
+    ]
+    loaded = get_task("alpaca").rows(dataset_path=str(write(tmp_path / name, rows)))["train"]
+    assert loaded.to_list() == rows
+
+
+def test_numbers_become_text_and_stay_an_input(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"instruction": "Double it.", "input": 0, "output": 1.5}])
+    (example,) = load_task("alpaca", dataset_path=str(path))["train"]
+    assert "### Input:\n0\n" in example["prompt"]
+    assert example["completion"] == "1.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no rows"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": null}\n', "row 1 of .* has no output"),
+        ("nothing of the kind", "cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_trained_on_are_said(tmp_path, text, said):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_task("alpaca", dataset_path=str(tmp_path / "rows.jsonl"))
+
+
 def test_a_file_without_input_has_the_prompt_without_one(tmp_path):
     rows = [{name: row[name] for name in ("instruction", "output")} for row in ROWS]
     splits = load_task("alpaca", dataset_path=str(write(tmp_path / "rows.jsonl", rows)))

@@ -14,7 +14,7 @@ from trl_steer.demo import settings as demo_settings
 from trl_steer.demo.files import read_json, write_json
 from trl_steer.demo.settings import Settings
 
-SETTINGS, PROGRAM, REMOVED = "settings.json", "trl-steer demo", ".removed"
+SETTINGS, REMOVED = "settings.json", ".removed"
 # Everything a run writes; what else is in the folder is the user's and stays.
 OURS = ("task", "checkpoints", "adapter", "base.json", "steered.json", "results.json", "results.md")
 
@@ -82,7 +82,7 @@ def prepare_folder(settings: Settings, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output {folder} is a file; give a folder.")
-    wanted = {"program": PROGRAM, **settings.to_dict()}
+    wanted = settings.to_dict()
     before = _earlier_settings(folder)
     if before is None and any(not path.name.endswith(".partial") for path in _files(folder)):
         raise FileExistsError(
@@ -117,7 +117,7 @@ def _earlier_settings(folder: Path) -> dict | None:
         settings = read_json(folder / SETTINGS)
     except (FileNotFoundError, ValueError):
         return None
-    return settings if isinstance(settings, dict) and settings.get("program") == PROGRAM else None
+    return settings if isinstance(settings, dict) and settings.get("program") == demo_settings.PROGRAM else None
 
 
 def describe_changes(before: dict, now: dict) -> list[str]:

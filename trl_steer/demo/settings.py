@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+PROGRAM = "trl-steer demo"
 EMBEDDED = "embedded"
 Method = Literal["low_rank", "vector", "lora", "joint", "joint_orth"]
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 480, 200
@@ -55,7 +56,8 @@ class Settings:
     max_tokens: int = 12
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """As they are written down, with the program whose settings they are."""
+        return {"program": PROGRAM, **dataclasses.asdict(self)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

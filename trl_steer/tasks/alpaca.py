@@ -6,6 +6,9 @@ something to work on, `input`. All its rows are for training: what is learned is
 The prompt is the one of Alpaca, in its two forms; with it, a response follows after `### Response:\n`.
 """
 
+import csv
+import glob
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,14 +55,41 @@ def read(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"
         return read_hub(dataset_path, config)
     import datasets
 
-    rows = datasets.load_dataset(reader, data_files=dataset_path)
-    lacking = sorted({"instruction", "output"} - set(rows["train"].column_names))
+    options: dict[str, Any] = {}
+    if reader == "csv":  # every cell is text: "NA" is no missing value, and "1" no number
+        with open(dataset_path, newline="", encoding="utf-8-sig") as file:
+            names = next(csv.reader(file), [])
+        features = datasets.Features({name: datasets.Value("string") for name in names})
+        options = {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+    try:
+        rows = datasets.load_dataset(reader, data_files=glob.escape(dataset_path), split="train", **options)
+    except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{dataset_path} cannot be read, or holds no rows: {error.__cause__ or error!r}") from error
+    lacking = sorted({"instruction", "output"} - set(rows.column_names))
     if lacking:
         raise ValueError(
             f"{dataset_path} lacks {', '.join(lacking)}; expected the columns instruction, output and, where there "
-            f"is one, input. It has: {', '.join(rows['train'].column_names)}."
+            f"is one, input. It has: {', '.join(rows.column_names)}."
         )
-    return rows
+    return {"train": _as_text(rows, dataset_path)}
+
+
+def _as_text(rows: "Dataset", source: str) -> "Dataset":
+    """The columns that are used, numbers and truth values in them as JSON writes them.
+
+    Raises:
+        ValueError: if a row has no instruction or no output.
+    """
+    import datasets
+
+    columns = {}
+    for name in {"instruction", "input", "output"} & set(rows.column_names):
+        values = rows[name][:]
+        missing = next((index for index, value in enumerate(values) if value is None), None)
+        if missing is not None and name != "input":
+            raise ValueError(f"row {missing} of {source} has no {name}.")
+        columns[name] = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return datasets.Dataset.from_dict(columns)
 
 
 class AlpacaTask(Task):

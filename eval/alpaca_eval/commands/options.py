@@ -25,6 +25,7 @@ def add_endpoint(parser: argparse.ArgumentParser, what: str) -> None:
     group.add_argument(
         "--api-key-env", metavar="NAME", help="environment variable that holds the key (default: OPENAI_API_KEY)"
     )
+    group.add_argument("--api-key", nargs="?", action=_RefuseKey, help=argparse.SUPPRESS)
     group.add_argument("--in-flight", type=positive_int, default=defaults.in_flight, help="most requests at a time")
     group.add_argument(
         "--retries",
@@ -32,7 +33,17 @@ def add_endpoint(parser: argparse.ArgumentParser, what: str) -> None:
         default=defaults.retries,
         help="repeats of a request that met 429, 5xx or no connection",
     )
-    group.add_argument("--timeout", type=positive, default=defaults.timeout, help="seconds to wait for an answer")
+    group.add_argument("--timeout", type=positive, default=defaults.timeout, help="seconds to wait for the next byte")
+
+
+class _RefuseKey(argparse.Action):
+    """Does not repeat what argparse would: the unknown argument with its value."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(
+            "a key on the command line can be read by every user of the machine; put it into an environment variable, "
+            "OPENAI_API_KEY or the one that --api-key-env names"
+        )
 
 
 def settings(arguments: argparse.Namespace) -> Settings:

@@ -179,6 +179,63 @@ def test_a_frame_for_logprobs_with_nothing_in_it_is_said_after_one_row(outputs, 
     assert "no log-probabilities" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("logprobs", [True, {"content": 3}, {"content": "m"}, {"content": [None]}, {"content": ["m"]}])
+def test_logprobs_of_another_form_cost_one_answer_and_not_the_run(outputs, reference_folder, undisturbed, logprobs):
+    with LoopbackJudge(once_for(whole(logprobs=logprobs), 0, 9)) as server:
+        assert alpaca_judging.judge(outputs, reference_folder, server.url) == 0
+        assert server.requests == 26
+    assert alpaca_judging.numbers(alpaca_judging.result(outputs.parent)) == undisturbed
+
+
+@pytest.mark.parametrize("fault", ["hang_up", "no_logprobs", "403"])
+def test_a_row_that_never_succeeds_does_not_keep_others_from_another_try(outputs, reference_folder, fault):
+    broken = threading.Event()
+    broken.set()
+
+    def for_some_rows(number, instruction):
+        lost = "number 4." if not broken.is_set() else ("number 4.", "number 7.")
+        return fault if instruction.endswith(lost) else None
+
+    with LoopbackJudge(for_some_rows) as server:
+        arguments = (outputs, reference_folder, server.url, "--retries", "0")
+        assert alpaca_judging.judge(*arguments) == 1
+        assert alpaca_judging.result(outputs.parent)["missing_rows"] == [4, 7]
+        broken.clear()
+        assert alpaca_judging.judge(*arguments) == 1
+        assert alpaca_judging.result(outputs.parent)["missing_rows"] == [4]
+        assert set((+server.answered).values()) == {1}
+
+
+def test_a_draw_counts_as_one_with_judges_that_write_it_as_zero(outputs, reference_folder):
+    def scores(number, instruction):
+        draw = "number 5." in instruction
+        return whole(message={"role": "assistant", "content": "5 5" if draw else "8 3"}, logprobs=None)
+
+    with LoopbackJudge(scores) as server:
+        assert alpaca_judging.judge(outputs, reference_folder, server.url, "--judge", "lmsys_gpt4") == 0
+    preferences = {row["row"]: row["preference"] for row in alpaca_judging.annotations(outputs.parent)}
+    assert preferences.pop(5) == 1.5
+    assert set(preferences.values()) <= {1.0, 2.0}
+
+
+def test_interrupted_it_asks_nothing_more_although_the_client_would_try_again(outputs, reference_folder):
+    with LoopbackJudge(lambda number, instruction: "500" if number >= 6 else None) as server:
+        arguments = alpaca_judging.arguments(outputs, reference_folder, server.url, "--retries", "60")
+        command = [sys.executable, "-m", "trl_steer.cli", "alpaca-eval", *arguments]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while server.requests < 12:
+            assert process.poll() is None
+            server.stopping.wait(0.02)
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "interrupted; the same command goes on from here" in shown
+        assert "Traceback" not in shown
+        before = server.requests
+        server.stopping.wait(0.5)
+        assert server.requests == before < 200
+
+
 @pytest.mark.parametrize("body", [b"<html>a page</html>", b"null", {"id": "x", "choices": []}])
 def test_what_is_no_completion_is_called_so(outputs, reference_folder, body, capsys):
     with LoopbackJudge(lambda number, instruction: body) as server:

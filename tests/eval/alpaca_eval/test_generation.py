@@ -133,6 +133,29 @@ def test_outputs_of_an_adapter_that_was_trained_anew_are_not_mixed(adapter_folde
     assert "other settings (weights" in capsys.readouterr().err
 
 
+def test_outputs_of_an_adapter_of_another_strength_are_not_mixed(adapter_folder, reference_folder, tmp_path, capsys):
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    arguments = (str(folder), reference_folder, tmp_path / "run", "--device", "cpu")
+    assert generate(*arguments, "--limit", "2") == 0
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "scaling": 0.0}))
+    assert generate(*arguments) == 2
+    assert "other settings (weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_how_it_writes_is_not_for_the_models_own_settings_to_say(model_folder, sampling, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "generation_config.json").read_text())
+    theirs = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3, "suppress_tokens": [5, 6, 7]}
+    (folder / "generation_config.json").write_text(json.dumps({**config, **theirs, "typical_p": 0.2}))
+    texts = [
+        LocalModel(str(path), None, "auto", device="cpu").answer(["Sing.", "Count to three."], sampling)
+        for path in (model_folder, folder)
+    ]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

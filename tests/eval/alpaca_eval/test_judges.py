@@ -70,6 +70,11 @@ def test_whatever_changes_an_answer_changes_the_place_of_answers(tmp_path):
         ("[1, 2]", "should map the judge's name"),
         ("a: {prompt_template: nowhere.txt}", "'nowhere.txt', is no file beside it"),
         ("a: {b: [}", "is not YAML"),
+        ("a: {prompt_template: alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt}", "should have a model_name"),
+        (
+            "a: {prompt_template: alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt, completions_kwargs: [1]}",
+            "should be mappings",
+        ),
     ],
 )
 def test_a_file_that_is_no_judge_is_said(tmp_path, text, said):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from loopback_judge import LoopbackJudge
 
-from trl_steer.eval.alpaca_eval import cli, package
+from trl_steer.eval.alpaca_eval import cli, package, rows
 
 METRICS = ("win_rate", "standard_error", "length_controlled_winrate", "lc_standard_error", "discrete_win_rate")
 
@@ -96,6 +96,22 @@ def test_a_subset_of_100_rows_takes_the_right_difficulties(tmp_path, judge):
     positions = [{**record, "row": position} for position, record in enumerate(records)]
     wrong = by_the_package(positions, gamed, tmp_path / "weights")["length_controlled_winrate"]
     assert abs(wrong - right) > 0.01
+
+
+def test_of_two_rows_with_one_instruction_the_data_set_tells_which_is_meant(tmp_path):
+    reference = [
+        {"instruction": "Sing.", "output": "", "generator": "g", "dataset": name} for name in ("koala", "helpful")
+    ]
+    given = [{**row, "output": row["dataset"], "generator": "m"} for row in reversed(reference)]
+    path = alpaca_rows.write_outputs(tmp_path / "model_outputs.json", given)
+    assert rows.read(path, reference).by_row == {0: "koala", 1: "helpful"}
+
+
+def test_a_model_with_the_name_of_the_baseline_is_not_comparable(outputs, reference_folder, judge):
+    renamed = [{**row, "generator": "written_baseline"} for row in json.loads(outputs.read_text())]
+    alpaca_rows.write_outputs(outputs, renamed)
+    alpaca_judging.judge(outputs, reference_folder, judge.url)
+    assert "like the baseline" in "; ".join(alpaca_judging.result(outputs.parent)["not_comparable_because"])
 
 
 def test_an_interrupted_subset_is_part_of_the_whole(outputs, reference_folder, judge):

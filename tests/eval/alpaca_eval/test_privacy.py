@@ -52,6 +52,79 @@ def test_a_key_in_a_yaml_file_is_refused(outputs, reference_folder, judge, tmp_p
     assert KEY not in shown
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "client_kwargs: {default_headers: {Authorization: Bearer KEY}}",
+        "client_kwargs: {default_query: {code: KEY}}",
+        "extra_headers: {x: KEY}",
+        "apikey: KEY",
+        "API-KEY: KEY",
+        "auth_token: KEY",
+        "several: [{api_key: KEY}]",
+        "client_kwargs: {base_url: 'http://user:KEY@localhost/v1'}",
+        'api_key: "KEY',
+        "api_key: KEY: x",
+    ],
+)
+def test_wherever_a_yaml_file_holds_a_key_it_is_refused_and_not_shown(
+    settings, outputs, reference_folder, judge, tmp_path, capsys
+):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"mine:\n  completions_kwargs:\n    {settings.replace('KEY', KEY)}\n")
+    assert alpaca_judging.judge(outputs, reference_folder, judge.url, "--judge", str(config)) == 2
+    assert KEY not in capsys.readouterr().err
+    assert not (outputs.parent / "cache").exists()
+    assert judge.requests == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--api-key", KEY],
+        [f"--api-key={KEY}"],
+        ["--api-key-env", KEY],
+        ["--endpoint", f"user:{KEY}@localhost/v1"],
+        ["--endpoint", KEY],
+        ["--endpoint", f"http://localhost/v1#{KEY}"],
+        ["--endpoint", f"http://localhost/v1;key={KEY}"],
+    ],
+)
+def test_a_key_in_the_wrong_place_on_the_command_line_is_not_shown(
+    arguments, outputs, reference_folder, judge, capsys
+):
+    try:
+        status = alpaca_judging.judge(outputs, reference_folder, judge.url, *arguments)
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    assert KEY not in capsys.readouterr().err
+    assert judge.requests == 0
+
+
+def test_a_key_that_an_endpoint_puts_in_a_wrong_place_is_not_shown(outputs, reference_folder, capfd):
+    def misplaced(number, instruction):
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "m"}}
+        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": None}
+        return {**answer, "choices": [{**choice, "logprobs": f"Bearer {KEY}"}]} if number == 3 else None
+
+    with LoopbackJudge(misplaced) as server:
+        assert alpaca_judging.judge(outputs, reference_folder, server.url) == 0
+    shown = capfd.readouterr()
+    assert KEY not in shown.out + shown.err
+
+
+def test_what_a_served_model_says_is_not_altered_for_what_is_called_a_password_here(
+    reference_folder, tmp_path, judge, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "answer")
+    monkeypatch.setenv("POSTGRES_PASSWORD", "pebble")
+    arguments = ["--model", "m", "--reference", str(reference_folder), "--output", str(tmp_path / "run")]
+    assert cli.main(["generate", *arguments, "--endpoint", judge.url, "--limit", "3"]) == 0
+    rows = json.loads((tmp_path / "run" / "model_outputs.json").read_text())
+    assert all(row["output"] == f"An answer to: {row['instruction']}" for row in rows)
+
+
 def test_redaction_reaches_into_containers(monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "token-one-of-two,token-two-of-two")
     redacted = Redactor([KEY])({"a": [f"Bearer {KEY}", {"b": ("x token-two-of-two",)}], KEY: 1})

@@ -63,6 +63,12 @@ def test_nothing_to_report_is_said(tmp_path, capsys):
     assert "holds no result.json" in capsys.readouterr().err
 
 
+def test_a_file_of_another_program_is_not_reported(tmp_path, capsys):
+    (tmp_path / "result.json").write_text('{"name": "mine"}')
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "was not written by `trl-steer alpaca-eval judge`" in capsys.readouterr().err
+
+
 def test_a_submission_has_the_files_and_fields_of_the_leaderboard(judged, reference_folder, tmp_path):
     folder = tmp_path / "submission"
     assert submit(judged, reference_folder, folder, "--not-comparable", "--pretty-name", "My model") == 0
