@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
 
 import torch
+
+from trl_steer.demo.files import write_json, write_text
 
 from .harness import Result, current_clock
 
@@ -27,12 +28,12 @@ def machine(device: str) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **installed, "torch": str(torch.__version__)}  # with its build
 
 
 def write(results: list[Result], folder: Path, device: str, command: str) -> list[Path]:
     """Writes `benchmarks_<device>.json` and `.md`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     where, what = machine(device), versions()
     document = {
         "command": command,
@@ -41,8 +42,8 @@ def write(results: list[Result], folder: Path, device: str, command: str) -> lis
         "results": [result.as_dict() for result in results],
     }
     as_json, as_markdown = (folder / f"benchmarks_{device}.{ending}" for ending in ("json", "md"))
-    as_json.write_text(json.dumps(document, indent=2) + "\n")
-    as_markdown.write_text(_markdown(results, where, what, command))
+    write_json(as_json, document)
+    write_text(as_markdown, _markdown(results, where, what, command))
     return [as_json, as_markdown]
 
 

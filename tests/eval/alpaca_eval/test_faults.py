@@ -221,7 +221,10 @@ def test_a_draw_counts_as_one_with_judges_that_write_it_as_zero(outputs, referen
 def test_interrupted_it_asks_nothing_more_although_the_client_would_try_again(outputs, reference_folder):
     with LoopbackJudge(lambda number, instruction: "500" if number >= 6 else None) as server:
         arguments = alpaca_judging.arguments(outputs, reference_folder, server.url, "--retries", "60")
-        command = [sys.executable, "-m", "trl_steer.cli", "alpaca-eval", *arguments]
+        # A shell starts what runs in its background, tests perhaps, without an ear for interrupts.
+        run = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        run += "from trl_steer.eval.alpaca_eval import cli; sys.exit(cli.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", run, *arguments]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while server.requests < 12:
             assert process.poll() is None
