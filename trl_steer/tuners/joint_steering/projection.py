@@ -12,6 +12,7 @@ of `B` and `W` are sharded (FSDP2), only r x r sums cross the wire.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +27,9 @@ _SURE = 1e-4
 _FLOAT64_EPS = torch.finfo(torch.float64).eps
 # Two do; float64 would go on for ever.
 _MAX_PASSES = 4
-# Float64 bytes of `W` that a CPU works on at a time, so that they stay in its cache.
-_CPU_BYTES = 2**21
+# Float64 bytes that a CPU works on at a time. Well under the 32 MiB above which glibc maps memory anew for each
+# request: faulting it in page by page costs more than the arithmetic does.
+_CPU_BYTES = 2**24
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -142,13 +144,16 @@ def project_(
         _check_finite([columns for columns, _ in whole], whole[0][1].reduce())
     measured = []
     for whole in batches.values():
-        first = whole[0][1]
-        size, reduce, eps = _blocks_at_a_time(whole), first.reduce(), torch.finfo(first.tensor.dtype).eps
-        # One buffer for all parts: memory that is allocated anew is faulted in page by page, which costs a third more.
-        B, W = (matrix.new_empty((size, *matrix.shape), dtype=torch.float64) for matrix in (whole[0][0], first.tensor))
+        (columns, first), size = whole[0], _blocks_at_a_time(whole)
+        reduce, eps = first.reduce(), torch.finfo(first.tensor.dtype).eps
+        # One buffer, since of two glibc would give the upper one back to the system each time.
+        shapes = [(size, *columns.shape), (size, *first.tensor.shape)]
+        lengths = [math.prod(shape) for shape in shapes]
+        buffer = columns.new_empty(sum(lengths), dtype=torch.float64)
+        B, W = (part.view(shape) for part, shape in zip(buffer.split(lengths), shapes, strict=True))
         for part in (whole[start : start + size] for start in range(0, len(whole), size)):
-            for i, (columns, local) in enumerate(part):
-                B[i].copy_(columns)
+            for i, (matrix, local) in enumerate(part):
+                B[i].copy_(matrix)
                 W[i].copy_(local.tensor)
             measured.append(project_out_(W[: len(part)], B[: len(part)], eps, reduce))
             if write:
@@ -206,10 +211,11 @@ class _Local(NamedTuple):
 
 def _blocks_at_a_time(batch: list[tuple[torch.Tensor, _Local]]) -> int:
     """All, but on a CPU no more than `_CPU_BYTES`. With several processes, one sum serves all blocks."""
-    local = batch[0][1]
+    columns, local = batch[0]
     if local.mesh is not None or local.tensor.device.type != "cpu":
         return len(batch)
-    return min(len(batch), max(1, _CPU_BYTES // (local.tensor.numel() * torch.float64.itemsize)))
+    block = (columns.numel() + local.tensor.numel()) * torch.float64.itemsize
+    return min(len(batch), max(1, _CPU_BYTES // max(1, block)))
 
 
 def _as_columns(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -238,9 +244,10 @@ def _check_layout(tensor: DTensor, wanted: Shard) -> None:
 
 
 def _check_finite(matrices: Sequence[torch.Tensor], reduce: Reduce | None) -> None:
-    """By their sums, the same on all processes, so that none is left waiting for one that has raised."""
-    sums = torch.stack([matrix.sum(dtype=torch.float64) for matrix in matrices])
-    if not torch.isfinite(_sum(sums, reduce)).all():
+    """By a sum of their extremes, which all processes share, so that none is left waiting for one that has raised."""
+    extremes = [value for matrix in matrices if matrix.numel() for value in torch.aminmax(matrix)]
+    total = torch.stack([matrices[0].new_zeros(()), *extremes]).double().sum()
+    if not torch.isfinite(_sum(total, reduce)):
         raise FloatingPointError(
             "LoRA's matrices hold NaN or infinite values: training has diverged. Lower the learning rates, or add a "
             "warm-up."
