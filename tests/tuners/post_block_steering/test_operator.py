@@ -187,9 +187,40 @@ def test_zero_up_is_the_identity_bit_for_bit(form, dtype, factors, grad):
     assert torch.equal(output, h)
 
 
+# A decoded token is computed in other calls than a prompt.
+any_length = pytest.mark.parametrize("length", [1, 5, 4096 // D, 4096 // D + 1, 500])
+
+
+@any_length
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "factors", "tolerance"),
+    [
+        (torch.float32, torch.float32, 1e-6),
+        (torch.float64, torch.float32, 1e-14),
+        (torch.bfloat16, torch.bfloat16, 2**-7),
+        (torch.bfloat16, torch.float32, 2**-7),
+        (torch.float32, torch.bfloat16, 2**-7),
+    ],
+    ids=str,
+)
+def test_without_gradients_few_and_many_tokens_are_the_formula(
+    length, autocast, with_residual, dtype, factors, tolerance
+):
+    inputs = tensors(1, length, D, dtype=dtype, factors=factors)
+    residual = torch.full_like(inputs[0], 0.5) if with_residual else None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = low_rank_update(*inputs, SCALING, residual=residual)
+    assert output.dtype == dtype
+    assert output.shape == inputs[0].shape
+    assert error(output, reference(*inputs, residual=residual)) <= (2**-7 if autocast else tolerance)
+
+
 @both_forms
-def test_inputs_are_neither_returned_nor_written_to(form):
-    inputs = tensors(2, 5, D)
+@any_length
+def test_inputs_are_neither_returned_nor_written_to(form, length):
+    inputs = tensors(1, length, D)
     before = [t.clone() for t in inputs]
     with torch.no_grad(), steering_operator(form):
         output = low_rank_update(*inputs, 0.0)
@@ -367,6 +398,20 @@ def test_export_equals_eager():
 
     inputs = tuple(tensors(2, 5, D))
     assert torch.equal(torch.export.export(Update(), inputs).module()(*inputs), Update()(*inputs))
+
+
+def test_exported_without_gradients_takes_any_length():
+    class Update(torch.nn.Module):
+        def forward(self, h, down, up):
+            return low_rank_update(h, down, up, SCALING)
+
+    h, down, up = tensors(2, 5, D)
+    length = torch.export.Dim("length", min=2, max=10_000)
+    with torch.no_grad():
+        program = torch.export.export(Update(), (h, down, up), dynamic_shapes=({1: length}, None, None)).module()
+    for tokens in (3, 1000):
+        inputs = tensors(2, tokens, D)
+        torch.testing.assert_close(program(*inputs), reference(*inputs).float(), rtol=1e-5, atol=1e-5)
 
 
 @both_forms

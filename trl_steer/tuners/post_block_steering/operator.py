@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 OPERATORS = ("memory_efficient", "plain")
 _current = "memory_efficient"
+# Up to so many numbers in `h`, a decoded token or two, calls cost more than arithmetic.
+_FEW = 2**12
 
 
 class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
@@ -89,11 +91,10 @@ def low_rank_update(
     Returns:
         `torch.Tensor`: (..., d), dtype and device of `h`, never one of the inputs.
     """
-    if activation is None and not dropout and not torch.is_grad_enabled():
-        # Two products and a sum round in the same places when autocast does the casting, so it need not be looked for,
-        # which would take a decoded token a third of the time that they take.
-        dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
-        return _without_gradient(h, down, up, scaling, None, 0.0, residual, dtype)
+    linear = activation is None and not dropout
+    # Not while tracing, where sizes may be symbols that a comparison would fix.
+    if linear and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and h.numel() <= _FEW:
+        return _few_tokens(h, down, up, scaling, residual)
     if _autocast_enabled(h):
         dtype = torch.get_autocast_dtype(h.device.type)
         with torch.autocast(h.device.type, enabled=False):
@@ -103,9 +104,7 @@ def low_rank_update(
 
 
 def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype):
-    if not torch.is_grad_enabled():
-        return _without_gradient(h, down, up, scaling, activation, dropout, residual, dtype)
-    plain = torch.compiler.is_compiling() or _current == "plain"
+    plain = torch.compiler.is_compiling() or _current == "plain" or not torch.is_grad_enabled()
     if not plain and residual is None:
         return _MemoryEfficientUpdate.apply(h, down, up, scaling, activation, dropout, dtype)
     tokens = _flat(h)
@@ -114,11 +113,14 @@ def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
     return _add_update(tokens if residual is None else _flat(residual), a, _cast(up, dtype), scaling).view_as(h)
 
 
-def _without_gradient(h, down, up, scaling, activation, dropout, residual, dtype):
-    """Both forms are the same here. Three calls, because a decoded token costs a block little more than its calls."""
+def _few_tokens(h, down, up, scaling, residual):
+    """Three calls, because a decoded token costs a block little more than its calls.
+
+    Two products and a sum round in the same places when autocast does the casting, so it need not be looked for, which
+    would take a third of the time that they take.
+    """
+    dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
     z = F.linear(_cast(h, dtype), _cast(down, dtype))
-    if activation is not None or dropout:
-        z = _bottleneck(z, activation, _dropout_mask(z, dropout))
     if scaling != 1.0:
         z = z * scaling
     return _cast(F.linear(z, _cast(up, dtype)), h.dtype).add_(h if residual is None else residual)
