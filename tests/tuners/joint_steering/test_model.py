@@ -255,20 +255,29 @@ def test_two_biases_merged_into_one_place_come_out_again(undo):
     torch.testing.assert_close(logits(model), adapted, atol=1e-4, rtol=1e-4)
 
 
-def test_each_row_of_a_batch_may_have_its_own_adapter():
-    model = joint_model()
+# OPT hands its MLP the tokens of all rows as one list, and so do models with a shared expert.
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "qwen2_moe"])
+def test_each_row_of_a_batch_may_have_its_own_adapter(family):
+    model = joint_model(family)
     model.add_adapter("other", config_for(steering="vector"))
-    row = {name: tensor[:1] for name, tensor in tiny_inputs().items()}
-    rows = {name: tensor.repeat(3, 1) for name, tensor in row.items()}
+    rows = tiny_inputs(rows=4)
+    generation = {"num_beams": 3, "max_new_tokens": 3, "min_new_tokens": 3}
+    expected, texts = [], []
     with torch.no_grad():
-        mixed = model(**rows, adapter_names=["__base__", "other", "default"]).logits
-        expected = []
         with model.disable_adapter():
-            expected.append(model(**row).logits)
-        for name in ("other", "default"):
+            expected.append(model(**rows).logits[0])
+            texts.append(model.generate(**rows, **generation)[0])
+        for row, name in enumerate(("other", "default", "other"), start=1):
             model.set_adapter(name)
-            expected.append(model(**row).logits)
-    torch.testing.assert_close(mixed, torch.cat(expected))
+            expected.append(model(**rows).logits[row])
+            texts.append(model.generate(**rows, **generation)[row])
+        names = ["__base__", "other", "default", "other"]
+        mixed = model(**rows, adapter_names=names).logits
+        written = model.generate(**rows, **generation, adapter_names=names)
+    torch.testing.assert_close(mixed, torch.stack(expected), atol=1e-4, rtol=1e-4)
+    assert torch.equal(written, torch.stack(texts))
+    with pytest.raises(ValueError, match="2 and 4"):
+        model(**rows, adapter_names=["other", "default"])
 
 
 def test_weighted_sum_is_exact_for_both_halves():

@@ -189,7 +189,11 @@ class PostBlockSteeringModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(repeats)]
 
         def pass_adapter_names(module, args, kwargs):
-            names = repeated if len(args[0]) == len(repeated) else adapter_names
+            rows = args[0]
+            names = repeated if len(rows) == len(repeated) else adapter_names
+            if rows.dim() == 2 and names and len(rows) % len(names) == 0:
+                # Tokens of all rows, as the MLP of OPT and shared experts get them.
+                names = [name for name in names for _ in range(len(rows) // len(names))]
             return args, {**kwargs, "adapter_names": names}
 
         handles = [
