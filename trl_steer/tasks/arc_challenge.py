@@ -8,14 +8,23 @@ import re
 
 from trl_steer.tasks.base import Row, Task
 from trl_steer.tasks.splits import halves_of, official
-from trl_steer.tasks.text import CALLED, CAPITAL, SMALL, announced, by_rank, plain
+from trl_steer.tasks.text import AFTER, CALLED, CAPITAL, IS_CORRECT, MARK, SMALL, announced, by_rank, plain
 
 # A digit that begins no quantity: not 5 %, 5 cm, 2.5, 1/2, 1:4, 2-3, 3 x 10^8.
-_DIGIT = r"[1-5](?!\w|[.,:]\d|\s*(?:[a-z%/\u2044\u00d7*^\u00b0+]|-\s*\d))"
+_DIGIT = rf"[1-5](?!\w|[.,:]\d|[^\S\n]*(?:(?!{AFTER})[a-z]|[%/\u2044\u00d7*^\u00b0+]|-\s*\d))"
 _ANNOUNCED = announced(rf"{CALLED}(?:({CAPITAL})|({_DIGIT})|({SMALL}))")
 _BRACKETED = r"[(\[]\s*([A-Ea-e1-5])\s*[)\]]"
-# What the text opens with. A capital that opens a sentence ("A plant ...") is no label; one before a mark is.
-_AT_START = re.compile(rf"\A\W*?{CALLED}(?:{_BRACKETED}|([A-E1-5])(?=\s*$|[).:,](?!\d))|([a-e])[).]?\s*\Z)", re.M)
+# "Answer: heat (C)"
+_IN_LINE = re.compile(rf"{MARK}[^\n]*?{_BRACKETED}")
+# The options of the prompt once more, or a numbered reasoning.
+_LIST = r"\W*(?:A|1)[)\].:][^\n]*\s+\W*(?:B|2)[)\].:]"
+# What the text opens with. A capital that opens a sentence ("A plant ...") is no label; one before a mark is, unless
+# that is the "A:" of an answer.
+_AT_START = re.compile(
+    rf"\A(?!{_LIST})\W*?{CALLED}(?:{_BRACKETED}|([A-E1-5])(?=\s*$|[).:,](?!\d)|\s+{IS_CORRECT})(?!:\s*[(\[]?[A-E]\b)"
+    r"|([a-e])(?=\)|\.(?!\w)|\s*\Z))",
+    re.MULTILINE,
+)
 _NAMED = re.compile(rf"(?:(?<!\w){_BRACKETED}|(?i:option|choice)\s+(?:is\s+)?([A-E1-5])(?![\w']|[.,]\d))")
 
 
@@ -41,7 +50,7 @@ def extract(text: str) -> str | None:
     Without such a word, the label that the text opens with, else the only one that it names (`(B)` or `option B`).
     """
     text = plain(text)
-    found = next(by_rank([*_ANNOUNCED, _AT_START], text), None)
+    found = next(by_rank([*_ANNOUNCED, _IN_LINE, _AT_START], text), None)
     if found:
         return found[0].upper()
     named = {"".join(groups).upper() for groups in _NAMED.findall(text)}

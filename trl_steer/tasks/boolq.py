@@ -11,7 +11,7 @@ from trl_steer.tasks.splits import halves_of, validation_from_train
 from trl_steer.tasks.text import announced, by_rank, plain
 
 # Not in the pair "true/false", which repeats the instruction and answers nothing.
-_WORD = r"(?<![\w/])(?<!/\s)((?i:true|false))\b(?!\s*/)"
+_WORD = r"(?<![\w/])(?<!/\s)((?i:true|false))\b(?!\s*/\s*(?i:true|false))"
 # In the line of the announcement: "Answer: the statement is false".
 _ANNOUNCED = announced(_WORD, between=r"\s*[^\n]*?")
 _ANYWHERE = re.compile(_WORD)

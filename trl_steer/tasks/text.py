@@ -27,12 +27,13 @@ _FORMATTING = re.compile(r"`|\\[()\[\],;! ]")
 _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)[*_]+(?=\S)|(?<=\S)[*_]+(?!\w)")
 _MATHS = re.compile(r"\$([^\s$]+)\$|\$(?!\s?\.?\d)")
 
-# The mark of the completions, also in the plural.
-MARK = r"(?i:\banswers?\b)\s*:"
-# "The answer is", "answer = ", "Correct answer - ", "## Answer" above a line of its own.
+# The mark of the completions, also in the plural, or as a key of JSON.
+MARK = r"(?i:\banswers?\b)[\"']?\s*:"
+# "The answer is", "the answer to the question is", "answer = ", "Correct answer - ", "## Answer" above its own line.
 SENTENCE = (
-    r"(?i:\banswer\b)\s*"
-    r"(?:(?i:is|(?:would|could|should|must|will|can) be)\b\s*:?|[=\-\u2010-\u2015\u2190-\u21ff\u2794-\u27be]|\.{3}|\n)"
+    r"(?i:\banswer\b)\s*(?:"
+    r"(?i:(?:(?:to|for)\s[^.:?\n\"]*?\s)?(?:is|(?:would|could|should|must|will|can) be))\b\s*:?"
+    r"|[=\-\u2010-\u2015\u2190-\u21ff\u2794-\u27be]|\.{3}|\n)"
 )
 # Between the announcement and the answer: quotation marks, brackets, arrows, line breaks, but no sign of a number.
 FILLER = r"[^\w$.+\-]*(?:[\-.]+\s+)?[^\w$.+\-]*"
@@ -42,10 +43,17 @@ CALLED = (
     r"(?:\s+is\b)?(?:\s*(?:number|no\.))?)[\s:#\"'(\[]*)?"
 )
 
-# A capital letter from A to E that stands for an option: not within a word, not the article of "A train leaves".
-CAPITAL = r"[A-E](?![\w\-]|'\w)(?!(?<=A)\s+(?!(?:is|was|because|since|as|and|or)\b)[a-z])"
+# Words behind an answer. Others make a letter an article, and a number a quantity.
+AFTER = r"(?:is|was|because|since|as|and|or)\b"
+IS_CORRECT = r"is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+# A capital letter from A to E that stands for an option: not within a word, an abbreviation or a formula, not the
+# article of "A train leaves".
+CAPITAL = rf"[A-E](?![\w\-+=]|'\w|\.\w\.)(?!(?<=A)[^\S\n]+(?!{AFTER})[a-z])"
 # A small one, only where a mark, a reason or the end of the line follows.
-SMALL = r"[a-e](?=\s*(?:[).,:;!\]}\"'>]|$|-\s|(?:because|since|as)\b))"
+SMALL = (
+    r"[a-e](?!\.\w\.)"
+    rf"(?=\s*(?:[).,:;!\]}}\"'>]|$|-\s|(?:because|since|as)\b|{IS_CORRECT}|(?:and|or)\s+(?:not\s+)?[a-e]\b))"
+)
 
 
 def plain(text: str) -> str:
@@ -64,7 +72,7 @@ def plain(text: str) -> str:
     for _ in range(2):  # one within another
         text = _TAGS.sub(r"\2", text)
         text = _STYLE.sub(r"\1", text)
-    text = _BOXED.sub(r"Answer: \1 ", text)
+    text = _BOXED.sub(r"Answer: \1\n", text)
     text = _EMPHASIS.sub(lambda found: " " if len(found[0]) > 1 else "", _FORMATTING.sub("", text))
     return _MATHS.sub(lambda found: found[1] or "", text)
 

@@ -8,16 +8,28 @@ import re
 
 from trl_steer.tasks.base import Row, Task
 from trl_steer.tasks.splits import halves_of, validation_from_train
-from trl_steer.tasks.text import FILLER, MARK, SENTENCE, by_rank, plain
+from trl_steer.tasks.text import AFTER, FILLER, IS_CORRECT, MARK, SENTENCE, by_rank, plain
 
-_NUMBERS = {"1": "Option1", "one": "Option1", "2": "Option2", "two": "Option2"}
-_OPTION = r"(?<![A-Za-z])(?i:option)[\s#(\[:_\"'\-]*(?:(?i:number|no\.)\s*)?((?i:1|2|one\b|two\b))(?!\d|[.,]\d)"
-_ALONE = r"(?:(?i:number|no\.)\s*|#)?((?i:1|2|one|two))\b(?![.,/\-]?\d|\s+(?!because|since|as)[a-z])"
-# By rank: behind the mark, right there or the first option after it; right behind a sentence; a text of nothing else.
+_NUMBERS = dict.fromkeys(("1", "one", "first", "1st"), "Option1") | dict.fromkeys(
+    ("2", "two", "second", "2nd"), "Option2"
+)
+_NUMBER = r"(?i:number|no\.)\s*"
+_OPTION = (
+    rf"(?<![A-Za-z])(?<!\b[Nn]ot\s)(?i:option)[\s#(\[:_\"'\-]*(?:{_NUMBER})?"
+    r"((?i:1|2|one\b|two\b))(?!\d|[.,]\d)"
+)
+_ALONE = rf"(?:{_NUMBER}|#)?((?i:1|2|one|two))\b(?![.,/\-]?\d|[^\S\n]+(?!{AFTER})[a-z])"
+_ORDINAL = r"(?i:(?:the\s+)?(first|second|1st|2nd)\s+(?:option|choice)\b)"
+# By rank: behind the mark, right there or the first option after it; right behind a sentence; what a text opens with,
+# if it is said to be the answer or the text names no other.
 _RANKS = (
-    re.compile(f"{MARK}(?:{FILLER}{_ALONE}|.*?{_OPTION})", re.DOTALL),
-    re.compile(f"{SENTENCE}{FILLER}(?:{_ALONE}|{_OPTION})"),
-    re.compile(rf"\A[\W_]*(?:(?i:answer)\s+)?{_OPTION}[\W_]*\Z"),
+    re.compile(f"{MARK}(?:{FILLER}(?:{_ALONE}|{_ORDINAL})|.*?{_OPTION})", re.DOTALL),
+    re.compile(f"{SENTENCE}{FILLER}(?:{_ALONE}|{_ORDINAL}|{_OPTION})"),
+    re.compile(
+        rf"\A[\W_]*(?:(?i:answer)\s+)?{_OPTION}"
+        rf"(?=[\W_]*\Z|\s+because\b|\s+{IS_CORRECT}|\s*[:.,)(\n](?!.*(?i:option)))",
+        re.DOTALL,
+    ),
 )
 
 
