@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-from . import alpaca, evaluation, inference, loading, projection, report, startup, training
-from .harness import CLOCKS, use_clock
+from . import report
+from .harness import CLOCKS
+from .registry import BENCHMARKS, run
 
-BENCHMARKS = {
-    module.NAME: module for module in (training, inference, loading, projection, evaluation, alpaca, startup)
-}
 MODULE = "trl_steer.eval.benchmarks"
 
 
@@ -37,15 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error(f"--repeats must be at least 7, got {options.repeats}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser().error("--device cuda was given, but torch sees no GPU")
-    logging.set_verbosity_error()
-    use_clock(options.clock)
     command = shlex.join(["python", "-m", MODULE, *arguments])
     for device in [options.device] if options.device else ["cpu", *["cuda"] * torch.cuda.is_available()]:
         results = []
         for name in options.only or BENCHMARKS:
-            for result in BENCHMARKS[name].run(device, 2 if options.quick else options.repeats, options.quick):
-                print(report.line(result), flush=True)
-                results.append(result)
+            # In a process of its own: what one leaves behind in memory would change what the next allocates for free.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                results += pool.submit(run, name, device, options.repeats, options.quick, options.clock).result()
         print(f"\n{report.table(results)}\n")
         if options.output:
             print("Written:", *report.write(results, options.output, device, command))

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from trl_steer.eval.benchmarks import harness, models, report
-from trl_steer.eval.benchmarks.__main__ import BENCHMARKS, main
+from trl_steer.eval.benchmarks.__main__ import main
 from trl_steer.eval.benchmarks.harness import Result, alternate, compare, quartiles
 from trl_steer.eval.benchmarks.memory import saved_bytes
+from trl_steer.eval.benchmarks.registry import BENCHMARKS
 
 
 def result(ratio, bound=None):
