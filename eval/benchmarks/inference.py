@@ -13,7 +13,7 @@ from .harness import Result, alternate, compare
 NAME = "inference"
 BARE, OURS, LORA = "bare model", "low rank r=8", "LoRA r=8 all-linear, unmerged"
 # A decoded token takes milliseconds, so a median over few of them would be all noise.
-DECODES_PER_REPEAT, PREFILLS_PER_REPEAT = 30, 6
+DECODES_PER_REPEAT, PREFILLS_PER_REPEAT = 30, 12
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:

@@ -10,8 +10,14 @@ from trl_steer.tasks.splits import official
 from trl_steer.tasks.text import CALLED, CAPITAL, SMALL, announced, by_rank, plain
 
 _ANNOUNCED = announced(rf"{CALLED}(?:({CAPITAL})|({SMALL}))")
-# Not within a word, and not degrees Celsius.
-_STANDALONE = re.compile(rf"(?<!\w)[(\[]\s*([A-Ea-e])\s*[)\]]|(?<![\w'\u00b0])(?<!\u00b0\s)({CAPITAL})")
+# A capital, not within a word, and not degrees Celsius. A small letter is often a variable; it counts in brackets, as
+# "option b", as a line of its own, and before the only line.
+_STANDALONE = re.compile(
+    rf"(?<!\w)[(\[]\s*([A-Ea-e])\s*[)\]]|(?<![\w'\u00b0])(?<!\u00b0\s)({CAPITAL})"
+    rf"|(?i:\b(?:option|choice)\b(?:\s+is\b)?)[\s:]*({SMALL})"
+    r"|^[ \t\"'(\[]*([a-e])[ \t\"').:,!\]]*$|\A\s*([a-e])[).]\s[^\n]*\Z",
+    re.MULTILINE,
+)
 
 
 def prompt(row: Row) -> str:

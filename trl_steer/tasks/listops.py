@@ -35,12 +35,12 @@ COMPLETION = "<answer>{answer}</answer>"
 # Each opening tag with what follows it, up to the next tag of its kind. The closing tag may be missing, whole or in
 # part, where generation was cut off.
 _TAGGED = re.compile(
-    r"<\s*answer\s*>(?P<content>.*?)(?=<\s*[/\\]?\s*answer\b|</?[a-z]*\Z|\Z)", re.DOTALL | re.IGNORECASE
+    r"<\s*answer\s*>(?P<content>.*?)(?=<\s*[/\\]*\s*answer\b|</?[a-z]*\Z|\Z)", re.DOTALL | re.IGNORECASE
 )
-# A whole number and no other, also as the value of an equation or a sentence, in whatever marks.
+# A whole number and no other, or one that ends an equation or a sentence, in whatever marks.
 _WHOLE_NUMBER = re.compile(
-    r"(?:.*=|(?:the\s+)?(?:final\s+)?(?:answer|result|value)(?:\s+is)?\s*:?)?[^\w\-]*(-?\d{1,99})(?:\.0*)?[^\w]*",
-    re.DOTALL | re.ASCII | re.IGNORECASE,
+    r"(?:.*(?:=|->|\bis\b|\b(?:answer|result|value)\b\s*:?))?[^\w\-]*(-?\d{1,99})(?:\.0*)?[^\w]*",
+    re.DOTALL | re.IGNORECASE,
 )
 
 
@@ -54,8 +54,12 @@ def completion(answer: int | str) -> str:
 
 def extract(text: str) -> str | None:
     """The whole number inside the first `<answer>` tags of generated text that hold one, else None."""
-    for tagged in _TAGGED.finditer(unicodedata.normalize("NFKC", text)):
-        match = _WHOLE_NUMBER.fullmatch(plain(tagged["content"]).removeprefix("Answer:").strip())
+    text = unicodedata.normalize("NFKC", text)
+    for tagged in _TAGGED.finditer(text):
+        content = plain(tagged["content"]).removeprefix("Answer:").strip()
+        if tagged.end() == len(text):  # never closed: further lines may be about something else
+            content = content.partition("\n")[0]
+        match = _WHOLE_NUMBER.fullmatch(content)
         if match:
             return str(int(match.group(1)))
     return None
