@@ -74,7 +74,7 @@ def _bytes(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, dtype
 def _seconds(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, device: str, repeats: int, bounded: bool):
     steps = {side: _step(side, model, tokens) for side, model in trained.items()}
     # A step varies by a tenth where others use the machine, which is more than what is held against a bound.
-    times = alternate(steps, repeats * (3 if bounded else 1), device)
+    times = alternate(steps, repeats * (5 if bounded else 1), device)
     yield compare(NAME, f"step, {case}", times, OURS, FLOOR, bound="<= 1.03" if bounded else None)
     yield compare(NAME, f"step, {case}", times, PLAIN, OURS)
     yield compare(NAME, f"step, {case}", times, LORA, OURS, bound=">= 1.15" if bounded else None)
