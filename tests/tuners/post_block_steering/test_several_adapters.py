@@ -355,3 +355,10 @@ def test_the_tuner_itself_honours_the_names_of_adapters():
     expected = logits(model, inputs, adapter_names=["__base__", "default"])
     assert not torch.equal(expected, logits(model, inputs))
     assert torch.equal(logits(model.base_model, inputs, adapter_names=["__base__", "default"]), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_merging_rounds_no_more_than_the_base_model_does(family):
+    model = steer(tiny_model(family, dtype=torch.float64), "vector")
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload(safe_merge=True)), expected, atol=1e-12, rtol=1e-12)

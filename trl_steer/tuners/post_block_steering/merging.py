@@ -41,10 +41,11 @@ def fold(tuner, adapter_names: list[str] | None = None, safe_merge: bool = False
     for site, layer in layers.items():
         to_merge = [name for name in check_adapters_to_merge(layer, names) if name in layer.adapters]
         bias = sites[site].bias
-        total = bias.data.float()
+        dtype = torch.promote_types(bias.dtype, torch.float32)
+        total = bias.data.to(dtype)
         for adapter in to_merge:
             steering: Any = layer.adapters[adapter]
-            total = total + (steering.scaling * steering.vector.data.float()).to(total.device)
+            total = total + (steering.scaling * steering.vector.data.to(dtype)).to(total.device)
         if safe_merge and not torch.isfinite(total).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(to_merge)} seems to be broken: at "
