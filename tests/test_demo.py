@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_chat import tiny_model, tiny_tokenizer
 
-from trl_steer.demo import files, model, report, run, score, settings, task, train
+from trl_steer import files
+from trl_steer.demo import model, report, run, score, settings, task, train
 from trl_steer.tasks import listops
 from trl_steer.trainers.orthogonality import OrthogonalityConstraint
 
@@ -304,26 +305,3 @@ def test_verdict_says_whether_steering_beats_the_majority_answer(wins, relation)
         "p_value": {f"vector above {report.MAJORITY}": report.better_than(ours, theirs)},
     }
     assert relation in report.verdict(results)
-
-
-def test_a_folder_that_was_not_finished_does_not_appear(tmp_path):
-    def fill(fail):
-        with files.new_folder(tmp_path / "made") as partial:
-            (partial / "one").write_text("1")
-            if fail:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fill(fail=True)
-    assert list(tmp_path.iterdir()) == []
-    fill(fail=False)
-    assert (tmp_path / "made" / "one").read_text() == "1"
-
-
-def test_the_faster_of_two_writers_keeps_its_folder(tmp_path):
-    with files.new_folder(tmp_path / "made") as slow:
-        (slow / "by").write_text("slow")
-        with files.new_folder(tmp_path / "made") as fast:
-            (fast / "by").write_text("fast")
-    assert (tmp_path / "made" / "by").read_text() == "fast"
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trl_steer.demo.files import read_json, write_json
+from trl_steer.files import read_json, write_json
 
 from .completions import GIVE_UP_AFTER
 from .journal import Journal

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trl_steer.demo.files import write_text
+from trl_steer.files import write_text
 
 from . import package
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_steer.demo.files import read_json, write_json, write_text
+from trl_steer.files import read_json, write_json, write_text
 
 from . import metrics, package
 from .completions import Completions, Estimate, Settings, as_preferences

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_steer.demo.files import read_json
+from trl_steer.files import read_json
 
 from .generation import SETTINGS
 from .judging import RESULT

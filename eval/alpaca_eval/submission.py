@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trl_steer.demo.files import new_folder, read_json, write_json, write_text
+from trl_steer.files import new_folder, read_json, write_json, write_text
 
 from . import judging, metrics, package
 from .generation import SETTINGS

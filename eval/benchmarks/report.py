@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trl_steer.demo.files import write_json, write_text
+from trl_steer.files import write_json, write_text
 
 from .harness import Result, current_clock
 

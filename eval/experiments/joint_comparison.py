@@ -19,9 +19,9 @@ import numpy as np
 from scipy import stats
 
 from trl_steer.demo import settings as demo
-from trl_steer.demo.files import read_json, write_json, write_text
 from trl_steer.demo.report import better_than
 from trl_steer.demo.run import run as run_demo
+from trl_steer.files import read_json, write_json, write_text
 
 METHODS: dict[demo.Method, str] = {
     "lora": "LoRA r=8",

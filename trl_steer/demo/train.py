@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_steer.demo.files import new_folder, read_json, read_jsonl, write_json
 from trl_steer.demo.settings import Settings
 from trl_steer.demo.task import TRAIN
+from trl_steer.files import new_folder, read_json, read_jsonl, write_json
 from trl_steer.integrations.trl.divergence import DivergenceCallback
 
 PROGRESS = "progress.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trl_steer.demo.files import write_text
+from trl_steer.files import write_text
 
 from .. import report
 
