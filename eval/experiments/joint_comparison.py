@@ -15,13 +15,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
 from trl_steer.demo import settings as demo
-from trl_steer.demo.report import better_than
 from trl_steer.demo.run import run as run_demo
 from trl_steer.files import read_json, write_json, write_text
+from trl_steer.statistics import exact_mcnemar, paired_bootstrap, t_interval, wilson_interval
 
 METHODS: dict[demo.Method, str] = {
     "lora": "LoRA r=8",
@@ -30,7 +27,6 @@ METHODS: dict[demo.Method, str] = {
     "joint_orth": "joint, orthogonal",
 }
 OURS: demo.Method = "joint_orth"
-BOOTSTRAP_SAMPLES = 10_000
 
 
 def train_and_score(seeds: Sequence[int], runs: Path, demo_arguments: Sequence[str] = ()) -> None:
@@ -65,13 +61,11 @@ def summarize(runs: Path, seeds: Sequence[int]) -> dict:
     rows = {}
     for method, per_seed in correct.items():
         accuracies = [statistics.fmean(answers) for answers in per_seed]
-        hits = sum(map(sum, per_seed))
-        interval = stats.binomtest(hits, sum(map(len, per_seed))).proportion_ci(0.95, method="wilson")
         training = read_json(runs / f"{method}-seed{seeds[0]}" / "results.json")["training"]
         rows[method] = {
             "accuracies": accuracies,
             "accuracy": statistics.fmean(accuracies),
-            "interval_95": [float(interval.low), float(interval.high)],
+            "interval_95": list(wilson_interval(sum(map(sum, per_seed)), sum(map(len, per_seed)))),
             "trainable_parameters": training["trainable_parameters"],
         }
     differences = {method: difference(correct[OURS], correct[method]) for method in METHODS if method != OURS}
@@ -84,23 +78,15 @@ def difference(ours: Sequence[Sequence[bool]], theirs: Sequence[Sequence[bool]])
     Two sources of noise are looked at apart: which examples were drawn (bootstrap over all pairs, and the exact
     McNemar test), and which seed trained (a t interval over seeds, wide with few of them).
     """
-    pairs = [np.asarray(a, float) - np.asarray(b, float) for a, b in zip(ours, theirs, strict=True)]
-    pooled, by_seed = np.concatenate(pairs), [float(pair.mean()) for pair in pairs]
-    if pooled.any():
-        sampled = stats.bootstrap((pooled,), np.mean, n_resamples=BOOTSTRAP_SAMPLES, method="percentile", rng=0)
-        examples = sampled.confidence_interval
-    else:
-        examples = (0.0, 0.0)
-    flat_ours, flat_theirs = ([answer for answers in side for answer in answers] for side in (ours, theirs))
-    p_value = min(1.0, 2 * min(better_than(flat_ours, flat_theirs), better_than(flat_theirs, flat_ours)))
-    half = stats.t.ppf(0.975, len(by_seed) - 1) * stats.sem(by_seed) if len(by_seed) > 1 else float("inf")
-    mean = statistics.fmean(by_seed)
+    by_seed = [statistics.fmean(a - b for a, b in zip(*pair, strict=True)) for pair in zip(ours, theirs, strict=True)]
+    all_ours, all_theirs = ([answer for answers in side for answer in answers] for side in (ours, theirs))
+    _, over_examples = paired_bootstrap(all_ours, all_theirs)
     return {
-        "difference": mean,
+        "difference": statistics.fmean(by_seed),
         "by_seed": by_seed,
-        "interval_95_examples": [float(examples[0]), float(examples[1])],
-        "interval_95_seeds": [mean - float(half), mean + float(half)],
-        "p_value": p_value,
+        "interval_95_examples": list(over_examples),
+        "interval_95_seeds": list(t_interval(by_seed)),
+        "p_value": exact_mcnemar(all_ours, all_theirs, alternative="two-sided"),
     }
 
 

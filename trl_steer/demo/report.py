@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 from trl_steer.demo import task
 from trl_steer.demo.settings import Settings
 from trl_steer.files import read_json, write_json, write_text
+from trl_steer.statistics import binomial_standard_error, exact_mcnemar, wilson_interval
 
 MAJORITY = "majority answer"
 LEVEL = 0.01
@@ -16,22 +15,13 @@ LEVEL = 0.01
 def accuracy(correct: Sequence[bool]) -> dict:
     """Share of correct answers, with its standard error and Wilson's 95% interval."""
     hits, total = sum(correct), len(correct)
-    interval = binomtest(hits, total).proportion_ci(0.95, method="wilson")
-    share = hits / total
     return {
-        "accuracy": share,
-        "standard_error": (share * (1 - share) / total) ** 0.5,
-        "interval_95": [float(interval.low), float(interval.high)],
+        "accuracy": hits / total,
+        "standard_error": binomial_standard_error(hits, total),
+        "interval_95": list(wilson_interval(hits, total)),
         "correct": hits,
         "total": total,
     }
-
-
-def better_than(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """One-sided p-value of the exact McNemar test: how likely is so much better, or more, if both were as good."""
-    wins = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    losses = sum(b and not a for a, b in zip(ours, theirs, strict=True))
-    return float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
 
 
 def collect(settings: Settings, task_folder: Path, base: Path, steered: Path, adapter: Path) -> dict:
@@ -44,7 +34,7 @@ def collect(settings: Settings, task_folder: Path, base: Path, steered: Path, ad
         "settings": settings.to_dict(),
         "accuracy": {name: accuracy(correct) for name, correct in answers.items()},
         "p_value": {
-            f"{settings.method} above {name}": better_than(answers[settings.method], answers[name])
+            f"{settings.method} above {name}": exact_mcnemar(answers[settings.method], answers[name])
             for name in answers
             if name != settings.method
         },

@@ -1,0 +1,112 @@
+"""Intervals and tests against the textbook's formulas, written out here."""
+
+import math
+import statistics
+
+import pytest
+
+from trl_steer.statistics import (
+    binomial_standard_error,
+    exact_mcnemar,
+    paired_bootstrap,
+    t_interval,
+    wilson_interval,
+)
+
+
+def answers(wins=0, losses=0, both=0, neither=0):
+    """The two sides' answers with this many pairs of each kind."""
+    pairs = [(True, False)] * wins + [(False, True)] * losses + [(True, True)] * both + [(False, False)] * neither
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 10), (1, 3), (50, 200), (10, 10)])
+@pytest.mark.parametrize("level", [0.95, 0.9])
+def test_wilsons_interval_is_where_the_score_test_changes_its_mind(hits, total, level):
+    share, z = hits / total, statistics.NormalDist().inv_cdf((1 + level) / 2)
+    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    assert wilson_interval(hits, total, level) == pytest.approx((center - half, center + half), abs=1e-12)
+
+
+def test_standard_error_of_a_share():
+    assert binomial_standard_error(50, 200) == math.sqrt(0.25 * 0.75 / 200)
+    assert binomial_standard_error(0, 5) == 0.0
+
+
+@pytest.mark.parametrize("function", [wilson_interval, binomial_standard_error])
+@pytest.mark.parametrize(("hits", "total"), [(0, 0), (3, 2), (-1, 2)])
+def test_a_share_of_nothing_is_an_error(function, hits, total):
+    with pytest.raises(ValueError, match=f"got {hits} of {total}"):
+        function(hits, total)
+
+
+def test_mcnemars_test_counts_the_pairs_that_differ():
+    # 10 of 12 or more, if each is a fair coin: (66 + 12 + 1) / 2**12
+    ours, theirs = answers(wins=10, losses=2, both=5, neither=3)
+    assert exact_mcnemar(ours, theirs) == pytest.approx(79 / 4096)
+    assert exact_mcnemar(ours, theirs, alternative="two-sided") == pytest.approx(2 * 79 / 4096)
+    assert exact_mcnemar(theirs, ours, alternative="two-sided") == pytest.approx(2 * 79 / 4096)
+    # 2 or more: all but none and one
+    assert exact_mcnemar(theirs, ours) == pytest.approx(1 - 13 / 4096)
+
+
+@pytest.mark.parametrize("alternative", ["greater", "two-sided"])
+def test_mcnemars_test_finds_nothing_where_nothing_differs(alternative):
+    assert exact_mcnemar(*answers(both=3, neither=2), alternative=alternative) == 1.0
+
+
+def test_no_p_value_is_above_one():
+    assert exact_mcnemar(*answers(wins=2, losses=2), alternative="two-sided") == 1.0
+
+
+def test_the_bootstrap_of_a_share_follows_the_binomial_distribution():
+    wins, total = 30, 100
+
+    def quantile(level):
+        below = 0.0
+        for count in range(total + 1):
+            below += math.comb(total, count) * 0.3**count * 0.7 ** (total - count)
+            if below >= level:
+                return count / total
+        raise AssertionError
+
+    mean, (low, high) = paired_bootstrap(*answers(wins=wins, both=total - wins))
+    assert mean == pytest.approx(0.3)
+    assert low == pytest.approx(quantile(0.025), abs=0.011)
+    assert high == pytest.approx(quantile(0.975), abs=0.011)
+    _, narrower = paired_bootstrap(*answers(wins=wins, both=total - wins), level=0.5)
+    assert low < narrower[0] < mean < narrower[1] < high
+
+
+def test_the_bootstrap_repeats_itself_and_finds_nothing_where_nothing_differs():
+    ours, theirs = answers(wins=9, losses=3, both=20)
+    assert paired_bootstrap(ours, theirs) == paired_bootstrap(ours, theirs)
+    assert paired_bootstrap(ours, ours) == (0.0, (0.0, 0.0))
+
+
+def test_a_bootstrap_of_one_example_is_an_error():
+    with pytest.raises(ValueError, match="two examples or more, got 1"):
+        paired_bootstrap([True], [False])
+
+
+@pytest.mark.parametrize("function", [exact_mcnemar, paired_bootstrap])
+def test_sides_of_different_length_are_an_error(function):
+    with pytest.raises(ValueError, match="got 3 and 2 answers"):
+        function([True, True, False], [True, False])
+
+
+def test_students_interval_of_two_and_three_values():
+    # The quantiles of one and two degrees of freedom have closed forms.
+    quantiles = {2: math.tan(math.pi * 0.475), 3: 0.95 * math.sqrt(2 / (1 - 0.95**2))}
+    for values in ([0.5, 0.75], [0.5, 0.625, 0.75]):
+        mean, count = statistics.fmean(values), len(values)
+        half = quantiles[count] * statistics.stdev(values) / math.sqrt(count)
+        assert t_interval(values) == pytest.approx((mean - half, mean + half))
+
+
+def test_students_interval_of_one_value_is_infinite_and_of_none_an_error():
+    assert t_interval([0.5]) == (-math.inf, math.inf)
+    assert t_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="at least one value"):
+        t_interval([])
