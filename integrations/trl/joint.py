@@ -14,7 +14,6 @@ from trl import SFTConfig, TrlParser, get_peft_config
 from trl.scripts import sft as trl_sft
 
 from trl_steer.integrations.trl import launching
-from trl_steer.integrations.trl.divergence import TrainingDivergedError
 from trl_steer.integrations.trl.sft import (
     DEFAULTS,
     SteeringArguments,
@@ -25,6 +24,7 @@ from trl_steer.integrations.trl.sft import (
 )
 from trl_steer.integrations.trl.task_arguments import TaskError, with_task
 from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
+from trl_steer.trainers.callbacks import TrainingDivergedError
 from trl_steer.tuners.joint_steering import JointSteeringConfig
 
 MODULE = "trl_steer.integrations.trl.joint"

@@ -19,8 +19,8 @@ from trl.scripts import sft as trl_sft
 
 from trl_steer import PostBlockSteeringConfig
 from trl_steer.integrations.trl import launching
-from trl_steer.integrations.trl.divergence import DivergenceCallback, TrainingDivergedError
 from trl_steer.integrations.trl.task_arguments import TaskError, task_as_dataset, with_task
+from trl_steer.trainers.callbacks import DivergenceCallback, TrainingDivergedError
 
 MODULE = "trl_steer.integrations.trl.sft"
 

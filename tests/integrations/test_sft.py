@@ -11,12 +11,10 @@ import yaml
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from tiny_chat import tiny_model, tiny_tokenizer
-from transformers import TrainerControl, TrainerState
 from trl import SFTConfig
 
 import trl_steer.integrations
 from trl_steer.integrations.trl import sft
-from trl_steer.integrations.trl.divergence import DivergenceCallback, TrainingDivergedError
 
 RECIPES = sorted(Path(trl_steer.integrations.__path__[0], "trl", "recipes").glob("*.yaml"))
 ON_CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none"]
@@ -203,35 +201,3 @@ def test_wrong_values_in_a_config_file_are_said_in_one_line(line, said, tmp_path
     (tmp_path / "recipe.yaml").write_text(f"{line}\n")
     assert sft.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path), *ON_CPU]) == 2
     assert said in capsys.readouterr().err
-
-
-def watch(losses, caplog, **more):
-    callback = DivergenceCallback()
-    arguments = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, learning_rate=3e-3)
-    for step, loss in enumerate(losses):
-        state = TrainerState(global_step=step)
-        callback.on_log(arguments, state, TrainerControl(), logs={"loss": loss, **more})
-    return [record.getMessage() for record in caplog.records]
-
-
-@pytest.mark.parametrize("losses", [[2.0, 1.5, 1.0], [0.3, 0.9, 0.4], [2.0, 3.9], [0.1, 0.2, 1.0]])
-def test_noise_is_no_divergence(losses, caplog):
-    assert watch(losses, caplog) == []
-
-
-@pytest.mark.parametrize("losses", [[2.0, 1.0, 4.1, 9.0, 9.0], [0.3, 0.1, 1.4, 1.5]])
-def test_a_loss_far_above_its_start_is_said_once(losses, caplog):
-    (said,) = watch(losses, caplog)
-    assert "started from" in said
-    assert "Lower the learning rate, which is 0.003" in said
-
-
-@pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": float("inf")}])
-def test_a_loss_that_is_no_number_stops_the_run(logs, caplog):
-    with pytest.raises(TrainingDivergedError, match="at step 1"):
-        watch([1.0, logs["loss"]], caplog)
-
-
-def test_a_nan_gradient_behind_a_filtered_loss_stops_the_run(caplog):
-    with pytest.raises(TrainingDivergedError, match="gradient norm nan"):
-        watch([1.0], caplog, grad_norm=float("nan"))

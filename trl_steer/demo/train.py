@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_steer.demo.settings import Settings
 from trl_steer.demo.task import TRAIN
 from trl_steer.files import new_folder, read_json, read_jsonl, write_json
-from trl_steer.integrations.trl.divergence import DivergenceCallback
+from trl_steer.trainers.callbacks import DivergenceCallback
 
 PROGRESS = "progress.json"
 STATISTICS = "training.json"

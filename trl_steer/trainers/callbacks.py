@@ -1,4 +1,4 @@
-"""Notices a training run that diverges, which steering does just above its best learning rate, and says what to do."""
+"""Callbacks for any trainer: one that notices a run that diverges, which steering does just above its best rate."""
 
 import logging
 import math
