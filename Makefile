@@ -19,6 +19,7 @@ quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/lint_imports.py
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

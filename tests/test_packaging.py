@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import CHECKOUT, copy_checkout
 
-CHECKOUT = Path(__file__).parents[1]
 SITE_PACKAGES = Path("lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
 AUTOLOAD = {"trl_steer_autoload.pth", "trl_steer_autoload.py"}
 
@@ -65,11 +65,7 @@ class Environment:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of what the build reads, so that nothing is written to the checkout."""
-    target = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(CHECKOUT / name, target)
-    for name in ("trl_steer", "eval", "integrations"):
-        shutil.copytree(CHECKOUT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    target = copy_checkout(tmp_path_factory.mktemp("source"))
     cache = target / "eval" / "__pycache__"  # which must stay out of every archive
     cache.mkdir()
     (cache / "stale.cpython-311.pyc").touch()
