@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trl_steer import JointSteeringConfig, PostBlockSteeringConfig
-from trl_steer.trainers.orthogonality import OrthogonalityConstraint
+from trl_steer.tuners.joint_steering import OrthogonalityConstraint
 
 WIDTH, STEPS = 36, 4
 # Odd ranks, so that one process holds more rows of LoRA's A and of W_down than the other. `modules_to_save` is

@@ -14,7 +14,7 @@ from trl_steer import files
 from trl_steer.demo import model, report, run, score, settings, task, train
 from trl_steer.statistics import exact_mcnemar
 from trl_steer.tasks import listops
-from trl_steer.trainers.orthogonality import OrthogonalityConstraint
+from trl_steer.tuners.joint_steering import OrthogonalityConstraint
 
 
 @pytest.fixture(scope="module")

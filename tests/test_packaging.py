@@ -115,7 +115,7 @@ def test_top_of_site_packages_holds_our_package_and_the_autoload_files_alone(ins
 
 def test_every_module_is_found_under_our_name(installed, source):
     names = sorted(modules(source))
-    assert {"trl_steer.eval.benchmarks", "trl_steer.integrations.trl", "trl_steer.tuners.blocks"} <= set(names)
+    assert {"trl_steer.eval.benchmarks", "trl_steer.integrations.trl", "trl_steer.tuners.steering.sites"} <= set(names)
     code = f"""
 import importlib.util
 from importlib.machinery import PathFinder

@@ -13,14 +13,9 @@ from trl_steer import autoload
 if TYPE_CHECKING:
     from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
     from trl_steer.tuners.joint_steering import JointSteeringConfig, JointSteeringModel
-    from trl_steer.tuners.post_block_steering import (
-        PostBlockSteeringConfig,
-        PostBlockSteeringModel,
-        adapter_scaling,
-        hotswap_adapter,
-        set_scaling,
-        steering_operator,
-    )
+    from trl_steer.tuners.post_block_steering import PostBlockSteeringConfig, PostBlockSteeringModel
+    from trl_steer.tuners.steering import adapter_scaling, hotswap_adapter, set_scaling, steering_operator
+    from trl_steer.tuners.sublayer_steering import SublayerSteeringConfig, SublayerSteeringModel
 
 __version__ = importlib.metadata.version("trl-steer")
 
@@ -31,10 +26,12 @@ _PUBLIC = {
     "JointSteeringModel": "trl_steer.tuners.joint_steering",
     "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
     "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
-    "adapter_scaling": "trl_steer.tuners.post_block_steering",
-    "hotswap_adapter": "trl_steer.tuners.post_block_steering",
-    "set_scaling": "trl_steer.tuners.post_block_steering",
-    "steering_operator": "trl_steer.tuners.post_block_steering",
+    "SublayerSteeringConfig": "trl_steer.tuners.sublayer_steering",
+    "SublayerSteeringModel": "trl_steer.tuners.sublayer_steering",
+    "adapter_scaling": "trl_steer.tuners.steering",
+    "hotswap_adapter": "trl_steer.tuners.steering",
+    "set_scaling": "trl_steer.tuners.steering",
+    "steering_operator": "trl_steer.tuners.steering",
 }
 
 __all__ = [
@@ -44,6 +41,8 @@ __all__ = [
     "JointSteeringModel",
     "PostBlockSteeringConfig",
     "PostBlockSteeringModel",
+    "SublayerSteeringConfig",
+    "SublayerSteeringModel",
     "__version__",
     "adapter_scaling",
     "hotswap_adapter",

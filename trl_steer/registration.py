@@ -1,6 +1,7 @@
 """Adds our tuners to PEFT's tables. Called by `autoload`; calling it again does nothing.
 
-PEFT is imported in the functions, not above: importing it runs `autoload`, which needs this module to be complete.
+Every folder under `trl_steer/tuners` that is a tuner calls [`register_tuner`] when it is imported. PEFT is imported in
+the functions, not above: importing it runs `autoload`, which needs this module to be complete.
 """
 
 import enum
@@ -8,41 +9,30 @@ import importlib
 import warnings
 from typing import Any
 
-# name of the PEFT type -> (module, configuration class, tuner class)
-TUNERS = {
-    "post_block_steering": (
-        "trl_steer.tuners.post_block_steering",
-        "PostBlockSteeringConfig",
-        "PostBlockSteeringModel",
-    ),
-    "joint_steering": (
-        "trl_steer.tuners.joint_steering",
-        "JointSteeringConfig",
-        "JointSteeringModel",
-    ),
-}
-# names that PEFT has taken, of which the user has been told
+# Names of types that PEFT has taken, of which the user has been told.
 _LEFT_ALONE: set[str] = set()
 
 
 def register_peft_types() -> None:
-    """Registers every tuner of this package with PEFT.
+    """Registers every tuner of this package with PEFT."""
+    importlib.import_module("trl_steer.tuners")
 
-    A type that PEFT itself already has under our name is left alone, with a warning: PEFT's own then loads.
+
+def register_tuner(*, name: str, config_cls: type, model_cls: Any) -> None:
+    """Registers a tuner with PEFT, as [`~peft.utils.peft_types.register_peft_method`] does for those of PEFT.
+
+    A type that PEFT itself already has under the name is left alone, with a warning: PEFT's own then loads.
+
+    Args:
+        name (`str`): Name of the PEFT type, in lower case.
+        config_cls (`type`): The configuration, a subclass of [`~peft.PeftConfig`].
+        model_cls (`type`): The tuner, a subclass of [`~peft.tuners.tuners_utils.BaseTuner`].
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils.peft_types import PeftType, register_peft_method
 
-    for name, (module, config_name, model_name) in TUNERS.items():
-        if not _extend_peft_type(PeftType, name):
-            continue
-        tuner = importlib.import_module(module)
-        if PeftType[name.upper()] in PEFT_TYPE_TO_TUNER_MAPPING:
-            continue  # importing the tuners registers them
-        model_cls = getattr(tuner, model_name)
-        register_peft_method(
-            name=name, config_cls=getattr(tuner, config_name), model_cls=model_cls, prefix=model_cls.prefix
-        )
+    if _extend_peft_type(PeftType, name) and PeftType[name.upper()] not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
 
 
 def _extend_peft_type(PeftType: type[enum.Enum], name: str) -> bool:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trl_steer import PostBlockSteeringConfig
-from trl_steer.trainers.orthogonality import OrthogonalityConstraint
+from trl_steer.tuners.joint_steering import OrthogonalityConstraint
 
 ADAPTERS: dict[str, dict] = {
     "low_rank": {"config": PostBlockSteeringConfig, "r": 8},

@@ -1,4 +1,9 @@
-"""Joint adaptation: what the orthogonality constraint costs, and a training step with it."""
+"""Joint adaptation: what the orthogonality constraint costs, and a training step with it.
+
+What the projection learned here about memory on a CPU: glibc maps requests above 32 MiB anew each time, and faulting
+that memory in page by page costs more than the arithmetic, so blocks are projected in parts of 16 MiB. The parts share
+one buffer, because of two glibc gives the upper one back to the system after each use.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from trl_steer import JointSteeringConfig
-from trl_steer.trainers.orthogonality import OrthogonalityConstraint
+from trl_steer.tuners.joint_steering import OrthogonalityConstraint
 from trl_steer.tuners.joint_steering.projection import project_
 
 from . import models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from peft import LoraConfig, PeftModel
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..tuners.joint_steering import JointSteeringConfig
+from ..tuners.joint_steering import JointSteeringConfig, OrthogonalityConstraint
 from .joint_orth_sft_config import JointOrthSFTConfig
-from .orthogonality import OrthogonalityCallback, OrthogonalityConstraint
+from .orthogonality import OrthogonalityCallback
 
 
 class JointOrthSFTTrainer(SFTTrainer):
@@ -84,10 +85,9 @@ class JointOrthSFTTrainer(SFTTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.projection is not None:
-            # What is saved satisfies the constraint, whatever `orthogonal_every` is. The log is about steps.
-            self.projection.constraint.project()
-        super().save_model(output_dir, _internal_call)
+        # What is saved satisfies the constraint, whatever `orthogonal_every` is; training goes on as if nothing was.
+        with self.projection.constraint.projected() if self.projection is not None else nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:

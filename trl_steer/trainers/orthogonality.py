@@ -1,79 +1,13 @@
-"""The orthogonality constraint as something that a training loop can call."""
+"""The orthogonality constraint in a training loop."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from ..tuners.joint_steering.pairing import find_pairs
-from ..tuners.joint_steering.projection import ProjectionReport, project_
-
-logger = logging.getLogger(__name__)
-
-# How orthogonal weights can be once they are rounded: `max |Q^T W| <= BOUND ||W||`.
-BOUND, HALF_PRECISION_BOUND = 1e-5, 1e-2
-
-
-class OrthogonalityConstraint:
-    """
-    Keeps the steering half of a joint adapter orthogonal to what its LoRA half writes into the residual stream.
-
-    Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.2.
-
-    Args:
-        model (`nn.Module`): A model with a joint adapter, before it is sharded.
-        adapter_name (`str`): The adapter.
-        side (`str`, defaults to `"output"`): `"output"` projects `W_up`, `"input"` projects `W_down`.
-        modules (`list[str]`, *optional*): See [`JointOrthSFTConfig`].
-
-    Raises:
-        ValueError: The constraint would be empty, or cannot hold; see [`find_pairs`].
-    """
-
-    def __init__(self, model: nn.Module, adapter_name: str, side: str = "output", modules: list[str] | None = None):
-        self.model, self.adapter_name, self.side = model, adapter_name, side
-        self.pairs = find_pairs(model, adapter_name, modules)
-        if side == "input" and any(not hasattr(pair.steering.adapters[adapter_name], "down") for pair in self.pairs):
-            raise ValueError("orthogonal_side='input' projects W_down, which steering_type='vector' does not have.")
-
-    def log_bound(self) -> None:
-        """Says how orthogonal the weights will be, which depends on their dtype. TRL keeps those of QLoRA in bf16."""
-        dtype = max((weight.dtype for _, weight in self._matrices()), key=lambda dtype: torch.finfo(dtype).eps)
-        level, bound = logging.INFO, BOUND
-        if torch.finfo(dtype).bits < 32:
-            level, bound = logging.WARNING, HALF_PRECISION_BOUND
-        logger.log(
-            level,
-            f"Steering is kept orthogonal to LoRA up to max |Q^T W| <= {bound:g} ||W||, as its weights are in "
-            f"{str(dtype).removeprefix('torch.')}.",
-        )
-
-    def project(self) -> ProjectionReport:
-        """Projects the weights, in place."""
-        return project_(self._matrices(), transposed=self.side == "input")
-
-    def measure(self) -> ProjectionReport:
-        """What projecting the weights would do."""
-        return project_(self._matrices(), transposed=self.side == "input", write=False)
-
-    def project_gradients(self) -> None:
-        """Projects the gradients, so that the optimizer's momentum does not keep pushing out."""
-        pairs = [(matrices, weight.grad) for matrices, weight in self._matrices() if weight.grad is not None]
-        project_(pairs, transposed=self.side == "input")
-
-    def _matrices(self) -> list[tuple[list[torch.Tensor], nn.Parameter]]:
-        # FSDP2 replaces the parameters when it shards them, so they are read anew each time. After a forward pass
-        # without a backward one it may have left gathered copies in their place, which it would throw away.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        name = self.adapter_name
-        return [(pair.output_matrices(name), pair.steering_matrix(name, self.side)) for pair in self.pairs]
+from ..tuners.joint_steering.constraint import OrthogonalityConstraint
+from ..tuners.joint_steering.projection import ProjectionReport
 
 
 class OrthogonalityCallback(TrainerCallback):

@@ -156,7 +156,7 @@ def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
 @pytest.mark.parametrize(("lora", "steering"), [("out", "out"), ("out/lora", "out"), ("out", "out/steering")])
 def test_splitting_into_folders_that_share_a_place_writes_nothing(lora, steering, tmp_path):
     joint_model().save_pretrained(tmp_path / "joint")
-    with pytest.raises(ValueError, match="folders of their own"):
+    with pytest.raises(ValueError, match="outside of the others"):
         split_adapter(tmp_path / "joint", lora=tmp_path / lora, steering=tmp_path / steering)
     assert not (tmp_path / "out").exists()
 
@@ -171,9 +171,7 @@ def test_splitting_an_incomplete_adapter_is_refused(half, tmp_path):
         path.write_bytes(b"nothing of the kind")
     else:
         save_file({key: t for key, t in load_file(path).items() if ("steering" in key) == (half == "lora_A")}, path)
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=r"half; it is not complete|has no adapter|cannot be read"
-    ):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"half; it is not complete|find weights|cannot be read"):
         split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
     assert [child.name for child in tmp_path.iterdir()] == ["joint"]
 

@@ -28,7 +28,7 @@ def joint_model(family="llama", **kwargs):
 
 def writers_of(model, **kwargs):
     names = {module: name for name, module in model.named_modules()}
-    return [[names[lora] for lora, _ in pair.writers] for pair in find_pairs(model, "default", **kwargs)]
+    return [[names[lora] for lora, _ in pair.lora_layers] for pair in find_pairs(model, "default", **kwargs)]
 
 
 @pytest.mark.parametrize("family", LAST_LINEAR)
@@ -46,7 +46,7 @@ def test_other_modules_can_be_named():
 def test_a_block_diagonal_matrix_counts_in_full():
     config = BdLoraConfig(target_modules_bd_b=["down_proj"], nblocks=2, match_strict=False)
     for pair in find_pairs(joint_model(use_bdlora=config), "default"):
-        lora_B = pair.writers[0][0].lora_B["default"]
+        lora_B = pair.lora_layers[0][0].lora_B["default"]
         torch.nn.init.normal_(lora_B.weight)
         (B,) = pair.output_matrices("default")
         torch.testing.assert_close(B, lora_B(torch.eye(4)).T.detach())
@@ -60,7 +60,7 @@ def test_a_norm_before_the_residual_addition_scales_what_reaches_it(family, modu
     norm = block.post_feedforward_layernorm if module == "down_proj" else block.post_attention_layernorm
     torch.nn.init.normal_(norm.weight)
     pair = find_pairs(model, "default", [module])[1]
-    B = pair.writers[0][0].lora_B["default"].weight
+    B = pair.lora_layers[0][0].lora_B["default"].weight
     (matrix,) = pair.output_matrices("default")
     # The norm divides by the size of its input, so it is asked for the direction of each of B's columns alone.
     expected = torch.nn.functional.normalize(norm(B.T), dim=1)
@@ -81,7 +81,7 @@ def test_glm4s_norms_before_the_residual_addition_have_other_names():
     torch.nn.init.normal_(block.post_self_attn_layernorm.weight)
     pair = find_pairs(model, "default", ["down_proj", "o_proj"])[0]
     gains = [block.post_self_attn_layernorm.weight, block.post_mlp_layernorm.weight]
-    for (lora, _), gain, matrix in zip(pair.writers, gains, pair.output_matrices("default"), strict=True):
+    for (lora, _), gain, matrix in zip(pair.lora_layers, gains, pair.output_matrices("default"), strict=True):
         assert torch.equal(matrix, gain[:, None].double() * lora.lora_B["default"].weight.double())
 
 
@@ -94,7 +94,9 @@ def test_a_projection_behind_the_mlp_is_not_taken_for_its_last_layer():
 
 
 def test_llamas_norm_after_the_attention_is_not_one():
-    assert all(norm is None for pair in find_pairs(joint_model(), "default", ["o_proj"]) for _, norm in pair.writers)
+    assert all(
+        norm is None for pair in find_pairs(joint_model(), "default", ["o_proj"]) for _, norm in pair.lora_layers
+    )
 
 
 def test_blocks_that_are_not_steered_are_not_paired():

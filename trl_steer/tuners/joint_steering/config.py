@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..post_block_steering.config import PostBlockSteeringConfig, RemembersLoading
+from ..post_block_steering.config import PostBlockSteeringConfig
 
 # Fields of the steering half that say where and how to steer. The rest (`modules_to_save`, the base model, ...) is of
 # the adapter as a whole and stays at the top level.
@@ -21,7 +21,7 @@ STEERING_FIELDS = tuple(
 
 
 @dataclass
-class JointSteeringConfig(RemembersLoading, LoraConfig):
+class JointSteeringConfig(LoraConfig):
     """
     Configuration of a [`JointSteeringModel`]: LoRA on the linear layers inside the blocks and post-block steering on
     the blocks, trained together.
@@ -98,36 +98,7 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
     def steering_config(self) -> PostBlockSteeringConfig:
         """The steering half as a configuration of its own, for the same base model and task."""
         shared = {f.name: getattr(self, f.name) for f in fields(PeftConfig) if f.init and f.name != "peft_type"}
-        config = PostBlockSteeringConfig(**shared, **self.steering)
-        config.weights_follow = self.weights_follow
-        return config
-
-    @property
-    def scaling(self) -> float:
-        """Strength of the steering half, which [`set_scaling`] turns. LoRA's is `lora_alpha`."""
-        return self.steering["scaling"]
-
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        self.steering["scaling"] = value
-
-    @property
-    def dropout(self) -> float:
-        """Dropout of the steering half. LoRA's is `lora_dropout`."""
-        return self.steering["dropout"]
-
-    @dropout.setter
-    def dropout(self, value: float) -> None:
-        self.steering["dropout"] = value
-
-    @property
-    def base_model_type(self) -> str | None:
-        """See [`PostBlockSteeringConfig`]."""
-        return self.steering["base_model_type"]
-
-    @base_model_type.setter
-    def base_model_type(self, value: str | None) -> None:
-        self.steering["base_model_type"] = value
+        return PostBlockSteeringConfig(**shared, **self.steering)
 
     def lora_config(self) -> LoraConfig:
         """The LoRA half as a configuration of its own, which loads without this package."""
@@ -137,5 +108,6 @@ class JointSteeringConfig(RemembersLoading, LoraConfig):
 
 
 def steering_dict(config: PostBlockSteeringConfig) -> dict[str, Any]:
+    """The fields of a steering half in the plain types that JSON knows."""
     values = {name: getattr(config, name) for name in STEERING_FIELDS}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

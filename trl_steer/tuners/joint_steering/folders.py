@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..post_block_steering import PostBlockSteeringConfig
+from ...files import new_folders
+from ..post_block_steering import PostBlockSteeringConfig, PostBlockSteeringLayer
+from ..steering.folder import PREFIX, AdapterFolder, check_without_model
 from .config import JointSteeringConfig
 
 # The steering half's module inside a joint adapter and in an adapter of its own.
 _JOINT_LEAF, _LEAF = ".post_block_steering.lora_steering_adapter.", ".post_block_steering.steering_adapter."
 
 
+class Adapter(NamedTuple):
+    """What a folder holds."""
+
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+
+
 def split_adapter(folder: str | Path, lora: str | Path, steering: str | Path) -> None:
     """
-    Writes the halves of a joint adapter into folders of their own.
+    Writes the halves of a joint adapter into folders of their own: both, or none where something fails. If this was
+    killed after the first one, running it again writes the other.
 
     The LoRA half is a plain PEFT adapter that loads without this package. `modules_to_save` and trainable tokens go
     with it.
@@ -36,31 +45,27 @@ def split_adapter(folder: str | Path, lora: str | Path, steering: str | Path) ->
 
     Raises:
         ValueError:
-            `folder` holds another kind of adapter, not both halves of one, or one that replicates blocks; or one
+            `folder` holds another kind of adapter, a broken or incomplete one, or one that replicates blocks; or one
             output lies in the other.
         FileExistsError: A folder to write into exists and is not empty.
     """
-    config = _load_config(folder, JointSteeringConfig)
+    joint = _load(folder, JointSteeringConfig)
+    config: Any = joint.config
     if config.layer_replication:
         raise ValueError(
             f"{folder} replicates blocks (layer_replication={config.layer_replication}), which only LoRA can do: a "
             "steering half of its own would miss the blocks that it steers."
         )
     halves: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}
-    for key, tensor in _load_tensors(folder).items():
+    for key, tensor in joint.tensors.items():
         halves[_JOINT_LEAF in key][key.replace(_JOINT_LEAF, _LEAF)] = tensor
-    for name, half in (("LoRA", halves[False]), ("steering", halves[True])):
-        if not half:
-            raise ValueError(f"{folder} holds no weights of a {name} half; it is not complete.")
-    paths = [Path(target).resolve() for target in (lora, steering)]
-    if paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]):
-        raise ValueError(f"The halves need folders of their own, got {lora} and {steering}.")
-    lora_config, steering_config = config.lora_config(), config.steering_config()
+    steering_config = config.steering_config()
     steering_config.modules_to_save = steering_config.trainable_token_indices = None
-    for target in (lora, steering):
-        _check_free(target)
-    _write(lora, lora_config, halves[False])
-    _write(steering, steering_config, halves[True])
+    lora_config: PeftConfig = config.lora_config()
+    parts = [Adapter(lora_config, halves[False]), Adapter(steering_config, halves[True])]
+    for part in parts:
+        _check(folder, part)
+    _write([Path(lora), Path(steering)], parts)
 
 
 def join_adapters(lora: str | Path, steering: str | Path, folder: str | Path) -> None:
@@ -74,65 +79,106 @@ def join_adapters(lora: str | Path, steering: str | Path, folder: str | Path) ->
 
     Raises:
         ValueError:
-            An input is another kind of adapter, they are for different base models, or both hold weights of the same
-            other module (`modules_to_save`) and these differ.
+            An input is another kind of adapter or broken, they are for different base models, or both hold weights of
+            the same other module (`modules_to_save`) and these differ.
         FileExistsError: `folder` exists and is not empty.
     """
-    lora_config, steering_config = _load_config(lora, LoraConfig), _load_config(steering, PostBlockSteeringConfig)
-    bases = [config.base_model_name_or_path for config in (lora_config, steering_config)]
+    halves = _load(lora, LoraConfig), _load(steering, PostBlockSteeringConfig)
+    for path, half in zip((lora, steering), halves, strict=True):
+        _check(path, half)
+    bases = [half.config.base_model_name_or_path for half in halves]
     if None not in bases and bases[0] != bases[1]:
         raise ValueError(f"The adapters are for different base models: {bases[0]!r} and {bases[1]!r}.")
-    config = JointSteeringConfig.from_parts(lora_config, steering_config)
+    lora_config, steering_config = (half.config for half in halves)
+    config = JointSteeringConfig.from_parts(lora_config, steering_config)  # type: ignore[arg-type]
     config.base_model_name_or_path = bases[0] or bases[1]
     config.inference_mode = True
-    tensors = _load_tensors(lora)
-    for key, tensor in _load_tensors(steering).items():
+    tensors = dict(halves[0].tensors)
+    for key, tensor in halves[1].tensors.items():
         if key in tensors and not torch.equal(tensors[key], tensor):
             raise ValueError(f"Both adapters hold {key}, and their weights differ; only one of them can have it.")
         tensors[key.replace(_LEAF, _JOINT_LEAF)] = tensor
-    _check_free(folder)
-    _write(folder, config, tensors)
+    _write([Path(folder)], [Adapter(config, tensors)])
 
 
-def _load_config(folder: str | Path, kind: type) -> Any:
-    config = PeftConfig.from_pretrained(str(folder))
+def _load(path: str | Path, kind: Any) -> Adapter:
+    folder = AdapterFolder.open(path)
+    config: Any = folder.config
     if type(config) is not kind:
-        raise ValueError(f"{folder} holds a {type(config).__name__}, a {kind.__name__} is expected.")
-    return config
-
-
-def _load_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    if Path(folder).is_dir() and not any(
-        Path(folder, name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    ):
-        raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.")
+        raise ValueError(f"{path} holds a {type(config).__name__}, a {kind.__name__} is expected.")
     try:
-        return load_peft_weights(str(folder), device="cpu")
+        return Adapter(config, folder.tensors())
     except SafetensorError as error:
-        raise ValueError(f"The weights in {folder} cannot be read: {error}.") from error
+        raise ValueError(str(error)) from error
 
 
-def _check_free(folder: str | Path) -> None:
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or remove it.")
+def _check(path: str | Path, adapter: Adapter) -> None:
+    """What can be told without a model of what `PeftModel.from_pretrained` checks."""
+    is_steering = isinstance(adapter.config, PostBlockSteeringConfig)
+    own = {key: t for key, t in adapter.tensors.items() if (_LEAF if is_steering else ".lora_") in key}
+    if not own:
+        half = "steering" if is_steering else "LoRA"
+        raise ValueError(f"{path} holds no weights of a {half} half; it is not complete.")
+    try:
+        if is_steering:
+            check_without_model(PostBlockSteeringLayer, adapter.config, own)
+        else:
+            _check_lora(adapter)
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    broken = [key for key, t in adapter.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(f"{path} is broken: NaN or infinite values in {', '.join(sorted(broken)[:4])}.")
+
+
+def _check_lora(adapter: Adapter) -> None:
+    config: Any = adapter.config
+    matrices: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in adapter.tensors.items():
+        module, found, rest = key.partition(".lora_")
+        kind = rest.removesuffix(".weight")
+        if found and kind in ("A", "B", "embedding_A", "embedding_B"):
+            matrices.setdefault(module, {})[kind[-1]] = tensor
+    # These store their matrices in other shapes.
+    has_plain_shapes = not (config.use_bdlora or config.use_qalora or config.target_parameters)
+    for module, pair in matrices.items():
+        if len(pair) < 2:
+            raise ValueError(f"{module} has lora_{next(iter(pair))} and not the other matrix.")
+        name = module.removeprefix(PREFIX)
+        patterns = config.rank_pattern or {}
+        r = patterns.get(get_pattern_key(list(patterns), name), config.r)
+        ranks = (pair["A"].shape[0], pair["B"].shape[1] if pair["B"].dim() > 1 else -1)
+        if has_plain_shapes and ranks != (r, r):
+            raise ValueError(f"{module} has matrices of ranks {ranks}, and the configuration says {r}.")
+
+
+def _write(targets: Sequence[Path], adapters: Sequence[Adapter]) -> None:
+    """Writes all adapters, or none. What is already there, whole and the same, is left as it is."""
+    pairs = zip(targets, adapters, strict=True)
+    missing = [(target, adapter) for target, adapter in pairs if not _holds(target, adapter)]
+    with new_folders(*(target for target, _ in missing)) as partials:
+        for partial, (_, adapter) in zip(partials, missing, strict=True):
+            adapter.config.save_pretrained(str(partial))
+            _model_card(adapter.config).save(partial / "README.md")
+            contiguous = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
+            save_file(contiguous, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _holds(target: Path, adapter: Adapter) -> bool:
+    if not (target / CONFIG_NAME).is_file():
+        return False
+    try:
+        found = _load(target, type(adapter.config))
+    except Exception:  # whatever it is, it is something else
+        return False
+    return (
+        found.config.to_dict() == adapter.config.to_dict()
+        and found.tensors.keys() == adapter.tensors.keys()
+        and all(torch.equal(tensor, found.tensors[key]) for key, tensor in adapter.tensors.items())
+    )
 
 
 def _model_card(config: PeftConfig) -> ModelCard:
     """PEFT writes one beside every adapter that it saves."""
     method, base = str(config.peft_type.value).lower(), config.base_model_name_or_path  # type: ignore[union-attr]
     return ModelCard.from_template(ModelCardData(library_name="peft", base_model=base, tags=[method, "trl-steer"]))
-
-
-def _write(folder: str | Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Whole or not at all: into a folder beside, which is then renamed."""
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        written = Path(temporary, "adapter")
-        written.mkdir()
-        config.save_pretrained(str(written))
-        _model_card(config).save(written / "README.md")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, written / SAFETENSORS_WEIGHTS_NAME)
-        if target.exists():
-            target.rmdir()  # empty, as was checked
-        os.replace(written, target)

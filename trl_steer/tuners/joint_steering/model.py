@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import onload_layer
+from peft.utils import PeftType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 
-from ..blocks import block_index, find_blocks, linear_layers
-from ..post_block_steering import PostBlockSteeringConfig, PostBlockSteeringModel
-from ..post_block_steering.layer import PostBlockSteeringLayer
+from ..post_block_steering import PostBlockSteeringConfig
+from ..steering.matching import block_index, find_blocks
+from ..steering.sites import linear_layers
+from ..steering.sums import check_summable, summed_config, write_sums
+from ..steering.tuner import SteeringTuner
 from .config import JointSteeringConfig, steering_dict
+from .layer import JointSteeringLayer
+
+# Fields that decide what the LoRA half computes. PEFT's hot swap asks for equal dropout as well.
+_LORA_STRUCTURE = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("lora_dropout", "lora_bias", "bias", "fan_in_fan_out", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "use_bdlora", "kasa_config", "arrow_config"),
+)
+# Ways to initialize LoRA that also change the weights of the base model.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "orthogonal")
 
 
-class JointSteeringLayer(PostBlockSteeringLayer):
-    """
-    The steering half of a joint adapter in a block.
-
-    PEFT knows one prefix for each type, and transformers' own `load_adapter` finds the place of the adapter's name by
-    it. LoRA's is `lora_`, so the steering half begins with it too; it is renamed when the halves are split.
-    """
-
-    adapter_layer_names = ("lora_steering_adapter",)
-
-
-class JointSteeringModel(PostBlockSteeringModel, LoraModel):  # type: ignore[misc]
+class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA names an argument differently
     """
     Trains LoRA and post-block steering together, as one adapter in one folder.
 
@@ -57,13 +63,78 @@ class JointSteeringModel(PostBlockSteeringModel, LoraModel):  # type: ignore[mis
     """
 
     prefix: str = "lora_"
-    tuner_layer_cls = (LoraLayer, PostBlockSteeringLayer)  # type: ignore[assignment]
+    tuner_layer_cls = (LoraLayer, JointSteeringLayer)  # type: ignore[assignment]
     steering_layer_cls = JointSteeringLayer
 
-    def _steering_config(self, peft_config: JointSteeringConfig) -> PostBlockSteeringConfig:
-        return peft_config.steering_config()
+    # The steering half of a configuration
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict):
+    @classmethod
+    def steering_config(cls, config: JointSteeringConfig) -> PostBlockSteeringConfig:
+        return config.steering_config()
+
+    @classmethod
+    def update_steering_config(cls, config: JointSteeringConfig, **fields: Any) -> None:
+        config.steering.update(fields)
+
+    @classmethod
+    def structure(cls, config: JointSteeringConfig) -> dict[str, Any]:
+        whole = ("modules_to_save", "trainable_token_indices")
+        fields = {
+            name if name in whole else f"steering.{name}": value for name, value in super().structure(config).items()
+        }
+        fields |= {name: getattr(config, name) for name in _LORA_STRUCTURE}
+        init = str(config.init_lora_weights).lower()
+        fields["init_lora_weights"] = init if init.startswith(_REWRITES_BASE) else None
+        return {name: sorted(v) if isinstance(v, (list, tuple, set)) else v for name, v in fields.items()}
+
+    # What PEFT does for LoRA and tells by the type of the adapter
+
+    @staticmethod
+    def _as_lora(config: JointSteeringConfig) -> JointSteeringConfig:
+        """The configuration under LoRA's own type, for functions of PEFT that look at the type."""
+        lora = copy.copy(config)
+        lora.peft_type = PeftType.LORA
+        return lora
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(self._as_lora(peft_config), model, target_name)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, path, output_state_dict, kwargs):
+        # PEFT has done this for LoRA, and `init_weights` for other types.
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path)
+        converted = super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path, output_state_dict, kwargs
+        )
+        marker = f".{cls.steering_layer_cls.layer_name}."
+        return converted | {key: tensor for key, tensor in output_state_dict.items() if marker in key}
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        lora_layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        }
+        for name, layer in self.named_steering_layers():
+            block = name.removesuffix(layer.layer_name)
+            own = [lora for lora_name, lora in lora_layers.items() if lora_name.startswith(block)]
+            for lora in (own or list(lora_layers.values()))[:1]:
+                layer.follow(adapter_name, lora)  # type: ignore[operator]
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        model: Any = self.model
+        targets, names = peft_config.target_modules, [name for name, _ in model.named_modules()]
+        if isinstance(targets, (list, set)) and not all(
+            any(_is_called(n, target) for n in names) for target in targets
+        ):
+            # Names of experts' layers that transformers 5 has fused, which PEFT translates for LoRA.
+            lora = self._as_lora(peft_config)
+            convert_peft_config_for_transformers(lora, model, get_model_conversion_mapping(model))
+            vars(peft_config).update({**vars(lora), "peft_type": peft_config.peft_type})
         return peft_config  # `target_modules=None` waits for `_prepare_model`, which may replicate blocks
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -72,81 +143,71 @@ class JointSteeringModel(PostBlockSteeringModel, LoraModel):  # type: ignore[mis
             return
         if peft_config.target_modules is None:
             peft_config.target_modules = _linears_in_blocks(model, peft_config.layers_to_transform)
-        _check_lora_targets(peft_config, model)
+        self._check_lora_targets(peft_config, model)
 
-    def _check_target_module_exists(self, peft_config: JointSteeringConfig, key: str):
-        steered = PostBlockSteeringModel._check_target_module_exists(self, peft_config, key)
-        return steered or LoraModel._check_target_module_exists(peft_config, key)
+    def _check_lora_targets(self, config: JointSteeringConfig, model: nn.Module) -> None:
+        """PEFT asks for any target at all, and a block to steer is one."""
+        targets = config.target_modules
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            return
+        matcher = self._matcher(config)
+        others = [name for name, _ in model.named_modules() if not matcher.is_block(name)]
+        if not any(self._check_target_module_exists(config, name) for name in others):
+            raise ValueError(
+                f"No module is left for LoRA with target_modules={targets}, exclude_modules={config.exclude_modules}, "
+                f"layers_to_transform={config.layers_to_transform}. Change these, or use PostBlockSteeringConfig for "
+                "steering alone."
+            )
 
-    def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
-    ) -> None:
-        if peft_config.init_lora_weights is False and (peft_config.weights_follow or peft_config.inference_mode):
-            # As for the steering half: should loading fail, the base model must not be left with a random adapter.
-            peft_config = copy.copy(peft_config)
-            peft_config.init_lora_weights = True
-        # Also where the targets come from the keys of a file instead of from the configuration.
-        tuner: Any = PostBlockSteeringModel if self._is_block(current_key) else LoraModel
-        tuner._create_and_replace(
-            self, peft_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+    def _rewritten_weights(self, config: JointSteeringConfig) -> list[torch.Tensor]:
+        if not config.kasa_config and not str(config.init_lora_weights).lower().startswith(_REWRITES_BASE):
+            return []
+        return [linear.weight for linear in linear_layers(self.model).values()]
 
-    def _is_block(self, name: str) -> bool:
-        return self._matcher is not None and self._matcher[1].is_block(name)
+    def _check_header(self, config: JointSteeringConfig, adapter_name: str, header: dict[str, torch.Tensor]) -> None:
+        """Also that the ranks of the LoRA half are those of the configuration, before memory is taken for them."""
+        if not config.layer_replication:  # otherwise the blocks are not there yet
+            super()._check_header(config, adapter_name, header)
+        if config.use_bdlora or config.use_qalora or config.target_parameters:
+            return  # whose matrices have other shapes
+        for key, tensor in header.items():
+            module, _, matrix = key.removeprefix("base_model.model.").partition(".lora_")
+            ranks: dict = config.rank_pattern or {}
+            r = ranks.get(get_pattern_key(list(ranks), module), config.r)
+            found = {"A.weight": tensor.shape[:1], "B.weight": tensor.shape[1:2]}.get(matrix)
+            if found is not None and tuple(found) != (r,):
+                raise ValueError(
+                    f"The weights of adapter {adapter_name!r} do not fit, so nothing was loaded: {key} has shape "
+                    f"{tuple(tensor.shape)}, and the configuration says rank {r}."
+                )
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        # Per-sample adapters go to both halves alike; what else LoRA asks of a forward pass, it does itself.
-        others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
-        with (
-            LoraModel._enable_peft_forward_hooks(self, *args, **others),
-            PostBlockSteeringModel._enable_peft_forward_hooks(self, *args, **kwargs),
-        ):
-            yield
+    # Saving
 
-    # Merging and unloading
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """
-        Folds steering vectors into biases, where that is exact, and LoRA into weights.
-
-        Raises:
-            ValueError: The steering half cannot be folded, see [`PostBlockSteeringModel.merge_adapter`]. Nothing has
-                changed.
-        """
-        super().merge_adapter(adapter_names, safe_merge)
-        for layer in self._lora_layers():
-            with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        for layer in self._lora_layers():
-            if layer.merged:
-                with onload_layer(layer):
-                    layer.unmerge()
-        super().unmerge_adapter()  # last what was merged first
-
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        LoraModel._replace_module(self, parent, child_name, new_module, child)
-
-    def _lora_layers(self) -> list[LoraLayer]:
-        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+    @classmethod
+    def _is_matrix(cls, config: Any, key: str) -> bool:
+        is_lora = (".lora_A." in key or ".lora_B." in key) and key.endswith(".weight")
+        return is_lora or super()._is_matrix(config, key)
 
     # Several adapters
 
-    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="cat", **kwargs) -> None:
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="cat", *args, **kwargs) -> None:
         """
         As [`~peft.LoraModel.add_weighted_adapter`] for the LoRA half, where `combination_type="cat"` is the exact sum,
         and the exact sum for the steering half.
         """
-        self._check_weighted(adapters, weights, adapter_name, "cat")
-        summands, steering = self._summands(adapters, weights)
-        LoraModel.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **kwargs)
+        check_summable(self, adapters, weights, adapter_name)
+        steering = summed_config(self, adapters)
+        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         config.steering = steering_dict(steering)
-        for block in summands:
-            self._steer_block(self.model.get_submodule(block), adapter_name, steering)
-        self._write_sums(adapter_name, summands)
+        for name, layer in self.named_steering_layers():
+            if set(adapters) & set(layer.adapters):
+                self.steer_block(self.model.get_submodule(name.rpartition(".")[0]), adapter_name, steering)
+        write_sums(self, adapters, weights, adapter_name)
+
+
+def _is_called(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
 
 
 def _linears_in_blocks(model: nn.Module, layers: list[int] | int | None) -> set[str]:
@@ -154,16 +215,3 @@ def _linears_in_blocks(model: nn.Module, layers: list[int] | int | None) -> set[
     wanted = {layers} if isinstance(layers, int) else layers  # for full names, PEFT itself would not look at them
     blocks = [block for block in find_blocks(model) if wanted is None or block_index(block) in wanted]
     return {f"{block}.{name}" for block in blocks for name in linear_layers(model.get_submodule(block))}
-
-
-def _check_lora_targets(config: JointSteeringConfig, model: nn.Module) -> None:
-    """PEFT asks for any target at all, and a block to steer is one."""
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return
-    if not any(LoraModel._check_target_module_exists(config, name) for name, _ in model.named_modules()):
-        raise ValueError(
-            f"No module is left for LoRA with target_modules={targets}, exclude_modules={config.exclude_modules}, "
-            f"layers_to_transform={config.layers_to_transform}. Change these, or use PostBlockSteeringConfig for "
-            "steering alone."
-        )

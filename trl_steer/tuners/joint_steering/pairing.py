@@ -13,14 +13,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ..blocks import linear_layers, out_features
-from ..post_block_steering import PostBlockSteeringLayer
-
-# A norm of such a name in a block sits between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, GLM 4).
-# Blocks that have it have one in the same place after the attention: the first of those names that there is. In other
-# blocks `post_attention_layernorm` is the MLP's input norm.
-_NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
-_NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
+from ..steering.layer import SteeringLayer
+from ..steering.sites import BlockAnatomy
 
 
 class NormGain:
@@ -54,20 +48,20 @@ class Pair:
 
     Attributes:
         name (`str`): Name of the block.
-        steering ([`PostBlockSteeringLayer`]): Its steering layer.
-        writers (`list[tuple[LoraLayer, NormGain | None]]`):
+        steering ([`SteeringLayer`]): Its steering layer.
+        lora_layers (`list[tuple[LoraLayer, NormGain | None]]`):
             LoRA layers, each with the gain of the norm between it and the residual addition, if there is one.
     """
 
     name: str
-    steering: PostBlockSteeringLayer
-    writers: list[tuple[LoraLayer, NormGain | None]]
+    steering: SteeringLayer
+    lora_layers: list[tuple[LoraLayer, NormGain | None]]
 
     def output_matrices(self, adapter_name: str) -> list[torch.Tensor]:
         """The matrices (d, r_lora) whose columns span what LoRA can write: `B`, or `diag(gamma) B` before a norm."""
         matrices = []
-        for lora, gain in self.writers:
-            B = _whole(lora.lora_B[adapter_name]).detach()
+        for lora, gain in self.lora_layers:
+            B = _output_matrix(lora.lora_B[adapter_name]).detach()
             matrices.append(B if gain is None else gain.times(B))
         return matrices
 
@@ -100,33 +94,18 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
     pairs: list[Pair] = []
     unknown = set(modules or ())
     for layer_name, layer in model.named_modules():
-        if not isinstance(layer, PostBlockSteeringLayer) or adapter_name not in layer.adapters:
+        if not isinstance(layer, SteeringLayer) or adapter_name not in layer.adapters:
             continue
-        block, name = layer.get_base_layer(), layer_name.rpartition(".")[0]
-        linears = [n for n, linear in linear_layers(block).items() if out_features(linear) == layer.hidden_size]
-        outside = [n for n in linears if not _in_attention(n)]
-        wanted = ([n for n in outside if _in_mlp(n)] or outside)[-1:]
-        if modules is not None:
-            wanted = [n for n in linears if any(_is_called(n, m) for m in modules)]
-            unknown -= {m for m in unknown if any(_is_called(n, m) for n in wanted)}
-        if not wanted:
-            raise ValueError(
-                f"{name} has no linear layer to keep steering orthogonal to: "
-                + (
-                    f"none of its linear layers of width {layer.hidden_size} is called {list(modules)}. "
-                    f"They are {linears}."
-                    if modules is not None
-                    else f"outside of its attention, none has an output of width {layer.hidden_size}. Name one with "
-                    "orthogonal_modules, or set orthogonal=False."
-                )
-            )
-        writers = [
-            (block.get_submodule(n), _gain_after(block, n, adapter_name))
+        name, anatomy = layer_name.rpartition(".")[0], layer.anatomy
+        wanted = _wanted_modules(name, anatomy, modules)
+        unknown -= {m for m in unknown if any(_is_called(n, m) for n in wanted)}
+        lora_layers: list[Any] = [
+            (anatomy.block.get_submodule(n), _gain_after(anatomy, n, adapter_name))
             for n in wanted
-            if _has_adapter(block.get_submodule(n), adapter_name)
+            if _has_adapter(anatomy.block.get_submodule(n), adapter_name)
         ]
-        _check_rank(name, layer, adapter_name, writers)
-        pairs.append(Pair(name, layer, writers))  # type: ignore[arg-type]
+        _check_rank(name, layer, adapter_name, lora_layers)
+        pairs.append(Pair(name, layer, lora_layers))
     if not pairs:
         raise ValueError(f"Adapter {adapter_name!r} steers no block of this model, so there is nothing to constrain.")
     if unknown:
@@ -134,60 +113,69 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
             f"orthogonal_modules names {sorted(unknown)}, but no steered block has a linear layer called "
             f"{sorted(unknown)} that writes into the residual stream."
         )
-    if not any(pair.writers for pair in pairs):
+    if not any(pair.lora_layers for pair in pairs):
         raise ValueError(
             f"LoRA adapter {adapter_name!r} targets none of the modules that write into the residual stream "
             f"({'the last linear layer of the MLPs' if modules is None else list(modules)}), so the constraint would "
             "be empty. Add them to target_modules, choose others with orthogonal_modules, or set orthogonal=False."
         )
-    return [pair for pair in pairs if pair.writers]
+    return [pair for pair in pairs if pair.lora_layers]
+
+
+def _wanted_modules(name: str, anatomy: BlockAnatomy, modules: Sequence[str] | None) -> list[str]:
+    """Names of the linear layers of a block to pair with."""
+    if modules is None:
+        last = anatomy.mlp_output()
+        if last is not None:
+            return [last]
+        reason = (
+            f"outside of its attention, none has an output of width {anatomy.hidden_size}. Name one with "
+            "orthogonal_modules, or set orthogonal=False."
+        )
+    else:
+        linears = anatomy.residual_writers()
+        wanted = [n for n in linears if any(_is_called(n, m) for m in modules)]
+        if wanted:
+            return wanted
+        reason = (
+            f"none of its linear layers of width {anatomy.hidden_size} is called {list(modules)}. They are {linears}."
+        )
+    raise ValueError(f"{name} has no linear layer to keep steering orthogonal to: {reason}")
 
 
 def _is_called(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
-def _in_attention(name: str) -> bool:
-    return any("attn" in part or "attention" in part for part in name.lower().split("."))
-
-
-def _in_mlp(name: str) -> bool:
-    """Gemma 3n and Falcon-H1 have further layers that write into the residual stream behind their MLP."""
-    return any(part in ("mlp", "ffn", "feed_forward") for part in name.lower().split("."))
-
-
-def _whole(lora_B: Any) -> torch.Tensor:
+def _output_matrix(lora_B: Any) -> torch.Tensor:
     """LoRA's `B` as (d, r_lora). BD-LoRA stores only the blocks on its diagonal."""
     return lora_B.weight_as_blockdiagonal_matrix() if isinstance(lora_B, BlockDiagonalLinear) else lora_B.weight
 
 
 @torch.no_grad()
-def _gain_after(block: nn.Module, name: str, adapter_name: str) -> NormGain | None:
+def _gain_after(anatomy: BlockAnatomy, name: str, adapter_name: str) -> NormGain | None:
     """The gain of the norm after a module, or `None` where there is no such norm."""
-    after_mlp = _first_child(block, _NORMS_AFTER_MLP)
-    norm: Any = _first_child(block, _NORMS_AFTER_ATTENTION) if _in_attention(name) else after_mlp
-    if after_mlp is None or norm is None:
+    norm_name = anatomy.norm_after(name)
+    if norm_name is None:
         return None
+    norm: Any = anatomy.block.get_submodule(norm_name)
     if isinstance(norm, ModulesToSaveWrapper):
         is_trained = adapter_name in norm.modules_to_save
         norm = norm.modules_to_save[adapter_name] if is_trained else norm.original_module
     return NormGain(norm)
 
 
-def _first_child(block: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    return next((getattr(block, name) for name in names if hasattr(block, name)), None)
-
-
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
     return isinstance(module, LoraLayer) and adapter_name in module.lora_B
 
 
-def _check_rank(name: str, layer: PostBlockSteeringLayer, adapter_name: str, writers: list) -> None:
-    rank = sum(lora.r[adapter_name] for lora, _ in writers)
+def _check_rank(name: str, layer: SteeringLayer, adapter_name: str, lora_layers: list) -> None:
+    rank = sum(lora.r[adapter_name] for lora, _ in lora_layers)
     steering = getattr(layer.adapters[adapter_name], "up", None)
     needed = 1 if steering is None else steering.shape[1]
-    if rank + needed > layer.hidden_size:
+    width = layer.anatomy.hidden_size
+    if rank + needed > width:
         raise ValueError(
-            f"In {name} LoRA's rank {rank} and steering's rank {needed} together exceed the hidden size "
-            f"{layer.hidden_size}, so no orthogonal complement is left to steer in. Lower one of the ranks."
+            f"In {name} LoRA's rank {rank} and steering's rank {needed} together exceed the hidden size {width}, so "
+            "no orthogonal complement is left to steer in. Lower one of the ranks."
         )

@@ -27,8 +27,7 @@ _SURE = 1e-4
 _FLOAT64_EPS = torch.finfo(torch.float64).eps
 # Two do; float64 would go on for ever.
 _MAX_PASSES = 4
-# Float64 bytes that a CPU works on at a time. Well under the 32 MiB above which glibc maps memory anew for each
-# request: faulting it in page by page costs more than the arithmetic does.
+# Float64 bytes that a CPU works on at a time; `eval/benchmarks/projection.py` says why.
 _CPU_BYTES = 2**24
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -146,7 +145,6 @@ def project_(
     for whole in batches.values():
         (columns, first), size = whole[0], _blocks_at_a_time(whole)
         reduce, eps = first.reduce(), torch.finfo(first.tensor.dtype).eps
-        # One buffer, since of two glibc would give the upper one back to the system each time.
         shapes = [(size, *columns.shape), (size, *first.tensor.shape)]
         lengths = [math.prod(shape) for shape in shapes]
         buffer = columns.new_empty(sum(lengths), dtype=torch.float64)

@@ -1,19 +1,18 @@
 """Post-block steering: a small learned update to the residual stream after every block (arXiv 2603.00425)."""
 
-from .config import PostBlockSteeringConfig
-from .functional import adapter_scaling, hotswap_adapter, set_scaling
+from trl_steer.registration import register_tuner
+
+from .config import AdditiveSteeringConfig, PostBlockSteeringConfig
 from .layer import LowRankAdapter, PostBlockSteeringLayer, VectorAdapter
 from .model import PostBlockSteeringModel
-from .operator import steering_operator
 
 __all__ = [
+    "AdditiveSteeringConfig",
     "LowRankAdapter",
     "PostBlockSteeringConfig",
     "PostBlockSteeringLayer",
     "PostBlockSteeringModel",
     "VectorAdapter",
-    "adapter_scaling",
-    "hotswap_adapter",
-    "set_scaling",
-    "steering_operator",
 ]
+
+register_tuner(name="post_block_steering", config_cls=PostBlockSteeringConfig, model_cls=PostBlockSteeringModel)

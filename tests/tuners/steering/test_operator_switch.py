@@ -2,8 +2,7 @@
 
 import pytest
 
-from trl_steer.tuners.post_block_steering import operator
-from trl_steer.tuners.post_block_steering.operator import OPERATORS, steering_operator
+from trl_steer.tuners.steering.ops.low_rank import OPERATORS, steering_operator
 
 
 @pytest.fixture(autouse=True)
@@ -14,36 +13,36 @@ def default_form():
 
 
 def test_memory_efficient_is_the_default():
-    assert OPERATORS[0] == "memory_efficient" == operator._current
+    assert OPERATORS[0] == "memory_efficient" == steering_operator.current()
 
 
 def test_switch_stays_until_the_next():
     steering_operator("plain")
-    assert operator._current == "plain"
+    assert steering_operator.current() == "plain"
     steering_operator("memory_efficient")
-    assert operator._current == "memory_efficient"
+    assert steering_operator.current() == "memory_efficient"
 
 
 def test_context_restores_when_nested_and_after_an_exception():
     with steering_operator("plain"):
         with steering_operator("memory_efficient"):
-            assert operator._current == "memory_efficient"
-        assert operator._current == "plain"
+            assert steering_operator.current() == "memory_efficient"
+        assert steering_operator.current() == "plain"
         with pytest.raises(KeyError), steering_operator("memory_efficient"):
             raise KeyError
-        assert operator._current == "plain"
-    assert operator._current == "memory_efficient"
+        assert steering_operator.current() == "plain"
+    assert steering_operator.current() == "memory_efficient"
 
 
 def test_context_can_be_entered_again():
     plain = steering_operator("plain")
     for _ in range(2):
         with plain:
-            assert operator._current == "plain"
-        assert operator._current == "memory_efficient"
+            assert steering_operator.current() == "plain"
+        assert steering_operator.current() == "memory_efficient"
 
 
 def test_unknown_operator_is_named_along_with_those_that_exist_and_changes_nothing():
     with pytest.raises(ValueError, match=r"'fused'.*'memory_efficient', 'plain'"):
         steering_operator("fused")
-    assert operator._current == "memory_efficient"
+    assert steering_operator.current() == "memory_efficient"

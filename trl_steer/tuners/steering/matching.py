@@ -10,9 +10,8 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 # What `torch.compile` puts before all names of a module. PEFT drops it in some places and not in others.
 _COMPILED = "_orig_mod."
@@ -24,19 +23,17 @@ def text_config(model: nn.Module):
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
-def hidden_size(model: nn.Module) -> int:
-    """Width `d` of the residual stream.
+def check_hidden_size(model: nn.Module) -> None:
+    """Makes sure that the width `d` of the residual stream is known.
 
     Raises:
         ValueError: The model's configuration does not say.
     """
-    size = getattr(text_config(model), "hidden_size", None)
-    if not isinstance(size, int):
+    if not isinstance(getattr(text_config(model), "hidden_size", None), int):
         raise ValueError(
             f"{type(model).__name__} has no transformers configuration with an integer `hidden_size`, so the width of "
             "its residual stream is unknown. Give the model a `config` with `hidden_size`."
         )
-    return size
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -82,29 +79,6 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return lists
 
 
-def linear_layers(block: nn.Module) -> dict[str, Any]:
-    """The linear layers of the base model in a block by name, in order, whether an adapter is wrapped around or
-    not."""
-    found = {}
-    for name, module in block.named_modules():
-        if any(isinstance(block.get_submodule(parent), BaseTunerLayer) for parent in _parents(name)):
-            continue
-        base = getattr(module, "base_layer", module) if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, (nn.Linear, Conv1D)):
-            found[name] = base
-    return found
-
-
-def out_features(linear: Any) -> int:
-    """Width of the output of a linear layer."""
-    return linear.nf if isinstance(linear, Conv1D) else linear.out_features
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
 class BlockMatcher:
     """Which blocks of `model` the fields `target_modules`, `exclude_modules`, `layers_to_transform` of `config` mean.
 
@@ -148,9 +122,13 @@ class BlockMatcher:
         matched = check_target_module_exists(self._fields, name)
         return matched and (self._layers is None or block_index(name) in self._layers)
 
+    def matched(self) -> list[str]:
+        """Names of the blocks to steer, first to last."""
+        return [name for name in self.blocks if self(name)]
+
     def is_block(self, name: str) -> bool:
         """Whether `name` is a block that could be steered, meant or not."""
-        return name in self._known
+        return name.removeprefix(_COMPILED) in self._known
 
     def _expand(self, names):
         """The name of a list of blocks stands for all of its entries."""

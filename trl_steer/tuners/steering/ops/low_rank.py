@@ -16,20 +16,26 @@ Both compute `h + scaling * dropout(act(h @ down.T)) @ up.T`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ..contexts import ContextStack, Entry
+
 OPERATORS = ("memory_efficient", "plain")
-_current = "memory_efficient"
 # Up to so many numbers in `h`, a decoded token or two, calls cost more than arithmetic.
 _FEW = 2**12
 
 
 class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
-    """Chooses how low-rank steering is computed, from here on or for a `with` block.
+    """Chooses how low-rank steering is computed: for the whole process from here on, or as a `with` block for the
+    thread or task that runs it. What was computed before keeps the operator that it was computed with.
+
+    With gradient checkpointing on a GPU, a block that is computed again in the backward pass runs in another thread,
+    which sees no `with` block. Choose the operator for the whole process then.
 
     Args:
         name (`str`): `"memory_efficient"` or `"plain"`, see the module's documentation.
@@ -46,22 +52,42 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
         ```
     """
 
+    _blocks: ContextStack[str] = ContextStack("steering_operator")
+    _lock = threading.Lock()
+    # Calls outside of any `with` block, the last of which holds. A few before it are kept, because a call may turn out
+    # to be the beginning of a `with` block.
+    _calls: list[steering_operator] = []
+
     def __init__(self, name: str):
-        global _current
         if name not in OPERATORS:
             raise ValueError(f"There is no steering operator {name!r}; use one of {OPERATORS}.")
         self.name = name
-        self.previous = _current
-        _current = name
+        self._entries: list[Entry[str]] = []
+        self._around = self._blocks.innermost()
+        if self._around is not None:  # until the block around this call ends
+            self._before, self._around.value = self._around.value, name
+            return
+        with self._lock:
+            self._calls.append(self)
+            del self._calls[:-16]
 
     def __enter__(self):
-        global _current
-        _current = self.name  # again, for an instance that is entered a second time
+        if self._around is not None:
+            self._around.value, self._around = self._before, None
+        else:
+            with self._lock:
+                self._calls[:] = [call for call in self._calls if call is not self]
+        self._entries.append(self._blocks.push(self.name))
         return self
 
     def __exit__(self, *exc_info):
-        global _current
-        _current = self.previous
+        self._blocks.remove(self._entries.pop())
+
+    @classmethod
+    def current(cls) -> str:
+        """Name of the operator in force here."""
+        block, calls = cls._blocks.innermost(), cls._calls
+        return block.value if block is not None else calls[-1].name if calls else OPERATORS[0]
 
 
 def low_rank_update(
@@ -91,10 +117,12 @@ def low_rank_update(
     Returns:
         `torch.Tensor`: (..., d), dtype and device of `h`, never one of the inputs.
     """
-    linear = activation is None and not dropout
     # Not while tracing, where sizes may be symbols that a comparison would fix.
-    if linear and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and h.numel() <= _FEW:
-        return _few_tokens(h, down, up, scaling, residual)
+    if not torch.is_grad_enabled() and not dropout and not torch.compiler.is_compiling() and h.numel() <= _FEW:
+        dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
+        # Half precision, autocast's included, could overflow where the strength is multiplied in by itself.
+        if dtype != torch.float16 and (scaling == 1.0 or not _autocast_enabled(h)):
+            return _few_tokens(h, down, up, scaling, activation, residual, dtype)
     if _autocast_enabled(h):
         dtype = torch.get_autocast_dtype(h.device.type)
         with torch.autocast(h.device.type, enabled=False):
@@ -104,8 +132,8 @@ def low_rank_update(
 
 
 def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype):
-    plain = torch.compiler.is_compiling() or _current == "plain" or not torch.is_grad_enabled()
-    if not plain and residual is None:
+    efficient = torch.is_grad_enabled() and residual is None and not torch.compiler.is_compiling()
+    if efficient and steering_operator.current() != "plain":
         return _MemoryEfficientUpdate.apply(h, down, up, scaling, activation, dropout, dtype)
     tokens = _flat(h)
     z = F.linear(_cast(tokens, dtype), _cast(down, dtype))
@@ -113,17 +141,18 @@ def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
     return _add_update(tokens if residual is None else _flat(residual), a, _cast(up, dtype), scaling).view_as(h)
 
 
-def _few_tokens(h, down, up, scaling, residual):
-    """Three calls, because a decoded token costs a block little more than its calls.
+def _few_tokens(h, down, up, scaling, activation, residual, dtype):
+    """Few calls, because a decoded token costs a block little more than its calls.
 
     Two products and a sum round in the same places when autocast does the casting, so it need not be looked for, which
     would take a third of the time that they take.
     """
-    dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
-    z = F.linear(_cast(h, dtype), _cast(down, dtype))
+    a = F.linear(_cast(h, dtype), _cast(down, dtype))
+    if activation is not None:
+        a = activation(a)
     if scaling != 1.0:
-        z = z * scaling
-    return _cast(F.linear(z, _cast(up, dtype)), h.dtype).add_(h if residual is None else residual)
+        a = scaling * a
+    return _cast(F.linear(a, _cast(up, dtype)), h.dtype).add_(h if residual is None else residual)
 
 
 class _MemoryEfficientUpdate(torch.autograd.Function):
@@ -167,12 +196,18 @@ def _backward(ctx, grad_output):
     if needs_up:
         grad_up = _cast(scaling * (a.T @ grad), up.dtype).T  # on CPUs three times as fast as grad.T @ a
     if needs_down:
-        # dz^T h with h = output - scaling * a up^T, without forming h
-        grad_down = grad_z.T @ _cast(_flat(output), dtype)
-        grad_down = _cast(torch.addmm(grad_down, grad_z.T @ a, up_.T, alpha=-scaling), down.dtype)
+        grad_down = _cast(_grad_down(_cast(_flat(output), dtype), a, grad_z, up_, scaling), down.dtype)
     if needs_h:
         grad_h = _add_update(grad_tokens, grad_z, _cast(down, dtype).T, 1.0).view_as(grad_output)
     return grad_h, grad_down, grad_up, None, None, None, None
+
+
+def _grad_down(output, a, grad_z, up, scaling):
+    """`dz^T h` with `h = output - scaling * a up^T`."""
+    if output.dtype == torch.float16:  # products of the output, which may be far larger than `h`, could overflow
+        return grad_z.T @ torch.addmm(output, a, up.T, alpha=-scaling)
+    # In other formats `h` is never formed.
+    return torch.addmm(grad_z.T @ output, grad_z.T @ a, up.T, alpha=-scaling)
 
 
 def _autocast_enabled(tensor: torch.Tensor) -> bool:

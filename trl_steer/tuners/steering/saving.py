@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+_ADVICE = (
+    "Save from a gathered state dict: `state_dict = accelerator.get_state_dict(model)` on every process, then "
+    "`save_pretrained(..., state_dict=state_dict)` on the first. Trainers do so in `save_model`; they need "
+    "`zero3_save_16bit_model: true` under DeepSpeed ZeRO-3, and `fsdp_state_dict_type: FULL_STATE_DICT` under FSDP."
+)
 
-def whole_tensors(adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+
+def gather_tensors(
+    adapter_name: str, tensors: dict[str, torch.Tensor], is_matrix: Callable[[str], bool] = lambda key: False
+) -> dict[str, torch.Tensor]:
     """Gathers what is sharded, and refuses what cannot be gathered.
 
     A `DTensor` (FSDP2) is gathered, which takes all processes: each has to save, with `is_main_process` telling which
@@ -19,6 +28,7 @@ def whole_tensors(adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[s
     Args:
         adapter_name (`str`): The adapter that is about to be saved.
         tensors (`dict[str, torch.Tensor]`): All of its tensors.
+        is_matrix (`Callable`): Whether the tensor of a key has two dimensions.
 
     Raises:
         ValueError: A tensor is not whole, or there is none. The message names them.
@@ -28,7 +38,7 @@ def whole_tensors(adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[s
     if not tensors and not (group and torch.distributed.get_rank() > 0):
         raise ValueError(f"The state dict to save holds no tensor of adapter {adapter_name!r}. " + _ADVICE)
     whole = {key: _gathered(tensor) for key, tensor in tensors.items()}
-    problems = [f"{key} {problem}" for key, tensor in whole.items() if (problem := _problem(key, tensor))]
+    problems = [f"{key} {problem}" for key, tensor in whole.items() if (problem := _problem(tensor, is_matrix(key)))]
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError(
@@ -39,7 +49,7 @@ def whole_tensors(adapter_name: str, tensors: dict[str, torch.Tensor]) -> dict[s
     return whole
 
 
-def make_others_whole(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def gather_auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """The same, in place, for what is saved beside an adapter: `modules_to_save` and trained tokens.
 
     PEFT takes these out of `state_dict` after it has asked the tuner for its tensors, and has no hook there. The
@@ -47,11 +57,11 @@ def make_others_whole(model: nn.Module, adapter_name: str, state_dict: dict[str,
     adds after resizing the vocabulary are not covered: safetensors refuses them while they are sharded.
 
     Raises:
-        ValueError: As [`whole_tensors`].
+        ValueError: As [`gather_tensors`].
     """
     others = {key: state_dict[key] for key in auxiliary_keys(model, adapter_name) if key in state_dict}
     if others:
-        state_dict.update(whole_tensors(adapter_name, others))
+        state_dict.update(gather_tensors(adapter_name, others))
 
 
 def auxiliary_keys(model: nn.Module, adapter_name: str) -> list[str]:
@@ -64,29 +74,17 @@ def auxiliary_keys(model: nn.Module, adapter_name: str) -> list[str]:
     ]
 
 
-_ADVICE = (
-    "Save from a gathered state dict: `state_dict = accelerator.get_state_dict(model)` on every process, then "
-    "`save_pretrained(..., state_dict=state_dict)` on the first. Trainers do so in `save_model`; they need "
-    "`zero3_save_16bit_model: true` under DeepSpeed ZeRO-3, and `fsdp_state_dict_type: FULL_STATE_DICT` under FSDP."
-)
-
-
 def _gathered(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _problem(key: str, tensor: Any) -> str | None:
+def _problem(tensor: Any, is_matrix: bool) -> str | None:
     if not isinstance(tensor, torch.Tensor):
         return None  # bitsandbytes saves strings too
     if hasattr(tensor, "local_shards"):
         return "is a ShardedTensor"
     if tensor.numel() == 0:
         return f"has shape {tuple(tensor.shape)}, which holds nothing"
-    if tensor.dim() < 2 and _is_matrix(key):
+    if is_matrix and tensor.dim() < 2:
         return f"has shape {tuple(tensor.shape)}, a matrix is expected"
     return None
-
-
-def _is_matrix(key: str) -> bool:
-    lora = (".lora_A." in key or ".lora_B." in key) and key.endswith(".weight")
-    return lora or key.endswith((".down", ".up"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from trl_steer.tuners.post_block_steering.operator import OPERATORS, low_rank_update, steering_operator
+from trl_steer.tuners.steering.ops.low_rank import OPERATORS, low_rank_update, steering_operator
 
 D, R, SCALING = 24, 3, 0.7
 ACTIVATIONS = {"identity": None, "silu": F.silu, "tanh": torch.tanh}

@@ -1,0 +1,345 @@
+"""Merging updates into the base model, where that is exact.
+
+An affine update `h + M h + v` of what a linear layer returns is that layer with `(I + M) W` and `(I + M) b + v`; of
+what linear layers take, each of them with `W (I + M)` and `b + W v`. It must be the linear layers alone that return or
+take the hidden state, with nothing in between, and a bias must be there: one that the model's configuration does not
+know of would silently be lost by saving and loading. After a residual addition only `v` can be merged, since `M` would
+have to act on the skip path too.
+
+No table of models says where all of this holds. Each block is run with random updates at its sites, once with hooks
+and once merged, and looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapter import AffineUpdate
+from .matching import text_config
+from .sites import BlockAnatomy, Site, get_hidden, replace_hidden
+
+# How far the merged block may be from the hooked one, relative to its output: rounding only.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_TOLERANCE_16_BIT = 5e-2
+_PROBE_TOKENS = 32
+
+_ADVICE = (
+    "Keep it as an adapter: save it with `save_pretrained` and load it with `PeftModel.from_pretrained`. Engines that "
+    "want merged weights, such as vLLM under TRL's `use_vllm=True`, cannot serve it; generate with transformers "
+    "(`use_vllm=False`)."
+)
+
+
+class MergedTensor(NamedTuple):
+    """A weight or bias that an update was merged into, and its values before and after."""
+
+    parameter: nn.Parameter
+    before: torch.Tensor
+    after: torch.Tensor
+
+
+class Call(NamedTuple):
+    """How the model calls a block."""
+
+    args: tuple
+    kwargs: dict
+
+
+def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    """Merges adapters (the active ones by default) into linear layers of the base model.
+
+    Raises:
+        ValueError: Some update cannot be merged exactly. The message says which and why; nothing has changed then.
+    """
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    for name in names:
+        if name not in tuner.peft_config:
+            raise ValueError(f"There is no adapter {name!r} to merge; this model has {sorted(tuner.peft_config)}.")
+    layers = {name: layer for name, layer in tuner.named_steering_layers() if set(names) & set(layer.adapters)}
+    updates = {name: _updates(layer, names) for name, layer in layers.items()}
+    done: list[tuple[Any, MergedTensor]] = []
+    try:
+        with _base_model(tuner.model, layers):
+            calls = _calls(tuner.model, layers)
+            for name, layer in layers.items():
+                for site_name, update in updates[name].items():
+                    site = layer.anatomy.site(site_name)
+                    for merged in _plan(name, layer.anatomy, site, update, calls[name]):
+                        if safe_merge and not torch.isfinite(merged.after).all():
+                            raise ValueError(
+                                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
+                                f"broken: at {name} its weights hold NaN or infinite values. Nothing was merged."
+                            )
+                        merged.parameter.data = merged.after.clone()  # which other adapters may write into
+                        done.append((layer, merged))
+    except BaseException:
+        for _, merged in reversed(done):
+            merged.parameter.data = merged.before
+        raise
+    for layer, merged in done:
+        layer.merged_tensors.append(merged)
+    for layer in layers.values():
+        layer.merged_adapters += [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
+
+
+def unmerge(layer: Any) -> None:
+    """Puts the tensors of before back; where something else was added since, only the updates are taken out."""
+    for parameter, before, after in reversed(layer.merged_tensors):
+        now = parameter.data
+        before, after = (tensor.to(device=now.device, dtype=now.dtype) for tensor in (before, after))
+        parameter.data = before if torch.equal(now, after) else now - (after - before)
+    layer.merged_tensors.clear()
+    layer.merged_adapters.clear()
+
+
+def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
+    """For each site of a block, the sum of the updates to merge there."""
+    parts: dict[str, list[AffineUpdate]] = {}
+    for name in [name for name in check_adapters_to_merge(layer, names) if name in layer.adapters]:
+        adapter = layer.adapters[name]
+        try:
+            if adapter.is_offloaded():
+                raise ValueError("its weights are offloaded.")
+            update = adapter.merge(layer.anatomy.site(adapter.site))
+            if adapter.site == "post_block" and update.left is not None:
+                raise ValueError(
+                    "it multiplies the whole residual stream, skip connection included, so it equals no change of "
+                    "weights."
+                )
+        except ValueError as error:
+            raise ValueError(f"Adapter {name!r} cannot be merged: {error} {_ADVICE}") from error
+        parts.setdefault(adapter.site, []).append(update)
+    return {site: _sum(updates) for site, updates in parts.items()}
+
+
+def _sum(updates: list[AffineUpdate]) -> AffineUpdate:
+    lefts = [update.left.double() for update in updates if update.left is not None]
+    rights = [update.right.double() for update in updates if update.right is not None]
+    offsets = [update.offset.double() for update in updates if update.offset is not None]
+    return AffineUpdate(
+        torch.cat(lefts, dim=1) if lefts else None,
+        torch.cat(rights) if rights else None,
+        torch.stack(offsets).sum(0) if offsets else None,
+    )
+
+
+@torch.no_grad()
+def _plan(name: str, anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> list[MergedTensor]:
+    """What merging an update at a site changes, once it is seen to be exact there."""
+    linears = _linears_at(name, anatomy, site, call)
+    for linear, linear_name in linears:
+        _check_can_take(name, linear, linear_name, update, anatomy, site)
+    device = linears[0][0].weight.device
+    update = AffineUpdate(*(None if part is None else part.to(device) for part in update))
+    probe = _random_like(update, get_hidden(anatomy.block(*call.args, **call.kwargs)).double().std())
+    with _swapped([m for linear, _ in linears for m in _merged(linear, site, probe)]):
+        merged = get_hidden(anatomy.block(*call.args, **call.kwargs)).double()
+    hooked = _with_update(anatomy, site, probe, call)
+    tolerance = _TOLERANCE.get(linears[0][0].weight.dtype, _TOLERANCE_16_BIT)
+    if not (merged - hooked).abs().max() <= tolerance * hooked.abs().max():
+        raise ValueError(
+            _cannot(
+                name,
+                f"at {site.name}: what is steered there is not just what {', '.join(n for _, n in linears)} "
+                f"{'takes' if site.is_input else 'returns'} (a norm, a factor or another layer comes between)",
+            )
+        )
+    return [merged for linear, _ in linears for merged in _merged(linear, site, update)]
+
+
+def _linears_at(name: str, anatomy: BlockAnatomy, site: Site, call: Call) -> list[tuple[Any, str]]:
+    """The linear layers that take the hidden state of an input site, or the one that returns an output site's."""
+    linears = anatomy.linear_layers()
+    if site.is_input:
+        found = _readers(anatomy, site, linears, call)
+    else:
+        last = anatomy.attention_output() if site.name == "post_attn" else anatomy.mlp_output()
+        found = [last] if last is not None else []
+    if not found:
+        raise ValueError(_cannot(name, f"at {site.name}: no linear layer of its own was found there"))
+    return [(linears[linear], linear) for linear in found]
+
+
+def _readers(anatomy: BlockAnatomy, site: Site, linears: dict[str, Any], call: Call) -> list[str]:
+    """Linear layers of a block that take the very tensor that enters the module of a site, or a view of it."""
+    entered: list[torch.Tensor] = []
+    found: list[str] = []
+
+    def enter(module, args, kwargs):
+        entered.append(get_hidden(args or kwargs))
+
+    def read(name):
+        def hook(module, args):
+            if entered and args[0].data_ptr() == entered[-1].data_ptr() and args[0].numel() == entered[-1].numel():
+                found.append(name)
+
+        return hook
+
+    target = anatomy.block.get_submodule(site.module)
+    handles = [target.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [linear.register_forward_pre_hook(read(name)) for name, linear in linears.items()]
+    try:
+        anatomy.block(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _check_can_take(
+    name: str, linear: Any, linear_name: str, update: AffineUpdate, anatomy: BlockAnatomy, site: Site
+) -> None:
+    """Makes sure that a linear layer can take an update, as far as that can be told without running it."""
+    parent = anatomy.block.get_submodule(linear_name.rpartition(".")[0])
+    wrapper = anatomy.block.get_submodule(linear_name)
+    if isinstance(parent, AuxiliaryTrainingWrapper) or ".modules_to_save." in f".{linear_name}":
+        raise ValueError(_cannot(name, f"into {linear_name}, which is itself trained in full"))
+    if linear.weight.is_meta:
+        raise ValueError(
+            _cannot(name, "while the weights of the block are offloaded", "Load the base model without offloading.")
+        )
+    if update.left is not None and isinstance(wrapper, BaseTunerLayer):
+        raise ValueError(_cannot(name, f"into the weight of {linear_name}, which has an adapter of its own"))
+    if (update.left is not None or site.is_input) and not linear.weight.is_floating_point():
+        raise ValueError(_cannot(name, f"into {linear_name}, whose weight is quantized"))
+    if update.offset is not None and linear.bias is None:
+        field = "attention_bias" if anatomy.is_in_attention(linear_name) else "mlp_bias"
+        hint = (
+            f" Its configuration has `{field}`: load the base model with `{field}=True`, which adds biases of zero, "
+            "then load the adapter and merge."
+            if getattr(anatomy.config, field, None) is False
+            else ""
+        )
+        raise ValueError(
+            _cannot(
+                name,
+                f"into {linear_name}, which has no bias, and one that the model's configuration does not know of "
+                "would be lost by saving and loading",
+            )
+            + hint
+        )
+
+
+def _merged(linear: Any, site: Site, update: AffineUpdate) -> Iterator[MergedTensor]:
+    """The tensors of a linear layer that has taken an update, computed in float64."""
+    left, right, offset = update
+    transposed = isinstance(linear, Conv1D)
+    if left is not None and right is not None:
+        weight = (linear.weight.data.mT if transposed else linear.weight.data).double()
+        merged = (weight @ left) @ right if site.is_input else left @ (right @ weight)
+        merged = (weight + merged).to(linear.weight.dtype)
+        yield MergedTensor(linear.weight, linear.weight.data, (merged.mT if transposed else merged).contiguous())
+    if linear.bias is not None:
+        bias = linear.bias.data.double()
+        added = torch.zeros_like(bias)
+        if left is not None and right is not None and not site.is_input:
+            added += left @ (right @ bias)
+        if offset is not None and site.is_input:
+            added += (linear.weight.data.mT if transposed else linear.weight.data).double() @ offset
+        elif offset is not None:
+            added += offset
+        if offset is not None or not site.is_input:
+            yield MergedTensor(linear.bias, linear.bias.data, (bias + added).to(linear.bias.dtype))
+
+
+@contextmanager
+def _swapped(tensors: list[MergedTensor]) -> Iterator[None]:
+    """The merged tensors in their places for a moment; afterwards the very tensors of before."""
+    try:
+        for parameter, _, after in tensors:
+            parameter.data = after
+        yield
+    finally:
+        for parameter, before, _ in tensors:
+            parameter.data = before
+
+
+def _with_update(anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> torch.Tensor:
+    """Output of a block in float64 with an update applied by a hook at a site."""
+
+    def steered(hidden: torch.Tensor) -> torch.Tensor:
+        h = hidden.double()
+        left, right, offset = update
+        if left is not None and right is not None:
+            h = h + h @ right.mT @ left.mT
+        return (h if offset is None else h + offset).to(hidden.dtype)
+
+    def on_input(module, args, kwargs):
+        if args:
+            return (steered(args[0]), *args[1:]), kwargs
+        return args, replace_hidden(kwargs, steered(get_hidden(kwargs)))
+
+    def on_output(module, args, output):
+        return replace_hidden(output, steered(get_hidden(output)))
+
+    module = anatomy.block.get_submodule(site.module)
+    handle = (
+        module.register_forward_pre_hook(on_input, with_kwargs=True)
+        if site.is_input
+        else module.register_forward_hook(on_output)
+    )
+    try:
+        return get_hidden(anatomy.block(*call.args, **call.kwargs)).double()
+    finally:
+        handle.remove()
+
+
+def _random_like(update: AffineUpdate, scale: torch.Tensor) -> AffineUpdate:
+    """A random update of the same form, about as large as the hidden state, whose standard deviation is `scale`."""
+    left, right, offset = (None if part is None else torch.randn_like(part) for part in update)
+    if left is not None and right is not None:
+        left, right = left / len(left) ** 0.5, right / len(right) ** 0.5
+    return AffineUpdate(left, right, None if offset is None else offset * scale.to(offset.device))
+
+
+@contextmanager
+def _base_model(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
+    """The model in evaluation mode and without the adapters of `layers`."""
+    was_training = model.training
+    enabled = [layer for layer in layers.values() if not layer.disable_adapters]
+    try:
+        model.eval()
+        for layer in enabled:
+            layer._disable_adapters = True  # without the side effects of `enable_adapters` on gradients
+        yield
+    finally:
+        for layer in enabled:
+            layer._disable_adapters = False
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
+    """How the model calls each block on a prompt, without adapters."""
+    calls: dict[str, Call] = {}
+    handles = [
+        layer.get_base_layer().register_forward_pre_hook(_remember(calls, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    embeddings = model.get_input_embeddings()
+    count = min(_PROBE_TOKENS, getattr(text_config(model), "max_position_embeddings", None) or _PROBE_TOKENS)
+    tokens = torch.arange(count, device=embeddings.weight.device).remainder(embeddings.num_embeddings)
+    try:
+        model(input_ids=tokens[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _remember(calls: dict[str, Call], name: str) -> Callable:
+    return lambda module, args, kwargs: calls.__setitem__(name, Call(args, kwargs))
+
+
+def _cannot(layer_name: str, why: str, what_to_do: str = "") -> str:
+    block = layer_name.rpartition(".")[0]
+    advice = what_to_do or "Keep it as an adapter instead (`save_pretrained`)."
+    return f"The steering update of {block} cannot be merged {why}. {advice}"

@@ -1,0 +1,69 @@
+"""The base class of tuners that steer and do nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+
+from .sums import check_summable, summed_config, write_sums
+from .tuner import SteeringTuner
+
+
+class _NothingElse(BaseTuner):
+    """The tuner behind [`SteeringTuner`] where blocks are all that is steered."""
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return False
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        raise ValueError(f"{current_key} is no block of the model, so it cannot be steered.")
+
+
+class SteeringModel(SteeringTuner, _NothingElse):
+    """
+    Base class of the tuners that only steer. A tuner sets `steering_layer_cls` and `tuner_layer_cls`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to steer.
+        config ([`SteeringConfig`]): The configuration.
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty weights on the meta device, to be loaded into.
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be steered.
+        - **peft_config** (`dict[str, SteeringConfig]`) -- The configuration of each adapter.
+    """
+
+    prefix: str = "steering_"
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """
+        Adds an adapter whose update is exactly the weighted sum of the updates of others: vectors add, low-rank
+        factors concatenate (so ranks add too, and all must have the same activation).
+
+        Args:
+            adapters (`list[str]`): Names of adapters of the same form.
+            weights (`list[float]`): A weight for each, negative ones included.
+            adapter_name (`str`): Name of the new adapter. It is not made active.
+            combination_type (`str`, defaults to `"cat"`):
+                `"cat"` or `"linear"`, PEFT's names; both mean the exact sum here.
+
+        Raises:
+            ValueError: An adapter does not exist, the new one does, or they cannot be summed exactly.
+        """
+        if combination_type not in ("cat", "linear"):
+            raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")
+        check_summable(self, adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = summed_config(self, adapters)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        write_sums(self, adapters, weights, adapter_name)

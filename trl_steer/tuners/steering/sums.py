@@ -1,0 +1,75 @@
+"""Exact weighted sums of adapters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+
+from .layer import SteeringLayer
+
+
+def check_summable(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Makes sure that adapters of a tuner have an exact sum.
+
+    Raises:
+        ValueError: They have not, one does not exist, or the new one does.
+    """
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"Give a weight for each adapter: got {len(adapters)} adapters, {len(weights)} weights.")
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"The weights of a sum must be finite numbers, got {weights}.")
+    for name in adapters:
+        if name not in tuner.peft_config:
+            raise ValueError(f"Adapter {name} does not exist")
+    layers = [layer for _, layer in tuner.named_steering_layers()]
+    if any(layer.adapters[name].is_offloaded() for layer in layers for name in adapters if name in layer.adapters):
+        raise ValueError(f"Adapters whose weights are offloaded cannot be summed: {adapters}.")
+    configs = {name: tuner.steering_config(tuner.peft_config[name]) for name in adapters}
+    for config in configs.values():
+        for field in ("site", *tuner.steering_layer_cls.adapter_class(config).structural_fields):
+            values = {name: getattr(other, field, None) for name, other in configs.items()}
+            if len(set(values.values())) > 1:
+                raise ValueError(f"Adapters of different {field} have no exact sum: {values}.")
+    if any(tuner.peft_config[n].modules_to_save or tuner.peft_config[n].trainable_token_indices for n in adapters):
+        raise ValueError(
+            "add_weighted_adapter is not supported for adapters with `modules_to_save` or `trainable_token_indices`."
+        )
+
+
+def summed_config(tuner: Any, adapters: list[str]) -> Any:
+    """The steering part of the configuration of a sum of adapters."""
+    configs = [tuner.steering_config(tuner.peft_config[name]) for name in adapters]
+    config = copy.deepcopy(configs[0])
+    config.scaling = 1.0
+    for field, value in tuner.steering_layer_cls.adapter_class(config).summed_fields(configs).items():
+        setattr(config, field, value)
+    config.target_modules = set(_summands(tuner, adapters))
+    config.exclude_modules = config.layers_to_transform = None
+    return config
+
+
+@torch.no_grad()
+def write_sums(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Writes the weighted sum of adapters into one that is in place in all blocks of any of them."""
+    for layer in _summands(tuner, adapters).values():
+        parts = [
+            (weight * layer.adapters[name].scaling, layer.adapters[name])
+            for name, weight in zip(adapters, weights, strict=True)
+            if name in layer.adapters
+        ]
+        layer.adapters[adapter_name].write_sum(parts)
+    tuner._cast_adapter_dtype(adapter_name)
+
+
+def _summands(tuner: Any, adapters: list[str]) -> dict[str, SteeringLayer]:
+    """Name of each block that one of the adapters steers, and its layer."""
+    return {
+        name.rpartition(".")[0]: layer
+        for name, layer in tuner.named_steering_layers()
+        if set(adapters) & set(layer.adapters)
+    }

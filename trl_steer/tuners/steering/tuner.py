@@ -1,0 +1,332 @@
+"""What a tuner does to steer blocks: puts layers into them, checks what is loaded, and takes the layers out again."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import SteeringConfig
+from .folder import PREFIX
+from .functional import adapter_scaling, set_scaling
+from .layer import SteeringLayer
+from .loading import (
+    Load,
+    check_adapter_tensors,
+    check_base_model_type,
+    check_header,
+    keep_until_dispatched,
+    model_keys,
+    restored_on_failure,
+)
+from .matching import BlockMatcher, check_hidden_size, text_config
+from .merging import merge as merge_steering
+from .rows import adapters_by_row
+from .saving import gather_auxiliary_tensors, gather_tensors
+
+
+class SteeringTuner(BaseTuner):
+    """
+    What steers blocks, to stand in front of the tuner that handles everything else in the list of base classes. All
+    methods call the next class for what is not theirs.
+
+    Attributes:
+        steering_layer_cls (`type[SteeringLayer]`): The layer of this tuner.
+    """
+
+    steering_layer_cls: type[SteeringLayer]
+    model: nn.Module
+    peft_config: dict[str, Any]
+
+    @cached_property
+    def loaded_weights(self) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+        """Weights of an adapter by layer, held while a model with offloaded weights is dispatched again."""
+        return {}
+
+    # The steering part of a configuration, which is all of it unless a tuner overrides these
+
+    @classmethod
+    def steering_config(cls, config: Any) -> SteeringConfig:
+        """The part of an adapter's configuration that is about steering."""
+        return config
+
+    @classmethod
+    def update_steering_config(cls, config: Any, **fields: Any) -> None:
+        """Sets fields of that part."""
+        for name, value in fields.items():
+            setattr(config, name, value)
+
+    @classmethod
+    def structure(cls, config: Any) -> dict[str, Any]:
+        """Fields that decide what the modules of an adapter compute, apart from their weights. Where they agree, one
+        adapter can replace another in place."""
+        steering = cls.steering_config(config)
+        adapter_class = cls.steering_layer_cls.adapter_class(steering)
+        fields = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
+        for name in ("site", *adapter_class.structural_fields, *adapter_class.size_fields):
+            fields[name] = getattr(steering, name, None)
+        return {name: sorted(v) if isinstance(v, (list, tuple, set)) else v for name, v in fields.items()}
+
+    # Injection
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config  # `target_modules=None` stays, and means all blocks of whatever model this is loaded on
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        check_hidden_size(model)
+        self._matchers.clear()
+        self._matcher(peft_config)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        steered = self._matcher(peft_config)(key)
+        if steered is None or steered is False:  # PEFT's own marker for what is excluded is falsy too
+            return super()._check_target_module_exists(peft_config, key)
+        return steered
+
+    def _matcher(self, peft_config: Any) -> BlockMatcher:
+        """The blocks that a configuration means. Kept for the injection, which asks for each module of the model."""
+        if id(peft_config) not in self._matchers:
+            self._matchers[id(peft_config)] = BlockMatcher(self.model, self.steering_config(peft_config))
+        return self._matchers[id(peft_config)]
+
+    @cached_property
+    def _matchers(self) -> dict[int, BlockMatcher]:
+        return {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """As in [`~peft.tuners.tuners_utils.BaseTuner`]. Whatever fails, the model stays as it was; an adapter that is
+        being loaded is checked before it stays there.
+
+        Raises:
+            ValueError: The adapter cannot have this name, its blocks or sites do not exist, or its folder does not
+                fit.
+        """
+        _check_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            # TRL's reference adapter comes with the very configuration of the policy; each has its own strength.
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        if state_dict is not None:
+            # PEFT cuts a key before the prefix and takes what is left for the name of the target.
+            marker = f".{self.steering_layer_cls.layer_name}.{self.prefix}"
+            state_dict = {k.removeprefix(PREFIX).replace(marker, f".{self.prefix}"): t for k, t in state_dict.items()}
+        with restored_on_failure(self, adapter_name, self._rewritten_weights(config)):
+            load = Load.in_progress()
+            if load is not None:
+                check_base_model_type(config, model, self.steering_config(config).base_model_type)
+                self._check_header(config, adapter_name, load.renamed(load.folder.header()))
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if load is not None:
+                tensors = load.renamed(load.folder.tensors())
+                self.check_tensors(model, config, adapter_name, tensors)
+        self.update_steering_config(config, base_model_type=getattr(text_config(model), "model_type", None))
+
+    def _rewritten_weights(self, config: Any) -> list[torch.Tensor]:
+        """Weights of the base model that the injection of an adapter changes."""
+        return []
+
+    def _check_header(self, config: Any, adapter_name: str, header: dict[str, torch.Tensor]) -> None:
+        """Makes sure that the file has just the steering tensors that the configuration would create."""
+        if any(name.startswith("_orig_mod.") for name, _ in self.model.named_modules()):
+            return  # PEFT keeps the names of compiled models apart; what is created is checked afterwards
+        steering, layer_cls = self.steering_config(config), self.steering_layer_cls
+        container = f"{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}"
+        expected = {}
+        for block in self._matcher(config).matched():
+            width = self._new_layer(self.model.get_submodule(block)).anatomy.site(steering.site).width
+            for leaf, shape in layer_cls.adapter_class(steering).shapes(steering, width).items():
+                expected[f"{PREFIX}{block}.{container}.{leaf}"] = torch.empty(shape, device="meta")
+        check_header(adapter_name, expected, {k: t for k, t in header.items() if f".{container}." in k})
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        # Also where the targets come from the keys of a file instead of from the configuration.
+        if self._matcher(peft_config).is_block(current_key):
+            self.steer_block(target, adapter_name, self.steering_config(peft_config))
+            return
+        others = {} if parameter_name is None else {"parameter_name": parameter_name}
+        super()._create_and_replace(  # type: ignore[safe-super]
+            peft_config, adapter_name, target, target_name, parent, current_key=current_key, **others
+        )
+
+    def steer_block(self, block: nn.Module, adapter_name: str, config: SteeringConfig) -> None:
+        """Adds an adapter to a block."""
+        layer = getattr(block, self.steering_layer_cls.layer_name, None)
+        if layer is None:
+            layer = self._new_layer(block)
+            layer.train(block.training)
+            block.add_module(layer.layer_name, layer)
+        layer.update_layer(adapter_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.adapters[adapter_name].requires_grad_(False)
+
+    def _new_layer(self, block: nn.Module) -> SteeringLayer:
+        return self.steering_layer_cls(block, text_config(self.model))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # The only method of a tuner that PEFT calls after it has dispatched a model over devices.
+        loaded = self.loaded_weights.pop(adapter_name, {})
+        for name, layer in self.named_steering_layers():
+            layer.move_to_execution_device(adapter_name, loaded.get(f"{PREFIX}{name}"))
+
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        gather_auxiliary_tensors(model, adapter_name, state_dict)
+        return gather_tensors(adapter_name, tensors, lambda key: cls._is_matrix(config, key))
+
+    @classmethod
+    def _is_matrix(cls, config: Any, key: str) -> bool:
+        """Whether the tensor with this key of an adapter has two dimensions."""
+        steering = cls.steering_config(config)
+        shapes = cls.steering_layer_cls.adapter_class(steering).shapes(steering, 1)
+        shape = shapes.get(key.rpartition(".")[2], ())
+        return f".{cls.steering_layer_cls.layer_name}." in key and len(shape) == 2
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases)
+        keep_until_dispatched(model, adapter_name, tensors)
+        return tensors
+
+    @classmethod
+    def check_tensors(cls, model: Any, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Makes sure that the tensors of a file fit an adapter that is in place.
+
+        Raises:
+            ValueError: They do not; each that does not is named.
+        """
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        cls._remap_adapter_state_dict_for_load(base, config, adapter_name, model_keys(base, adapter_name, tensors))
+
+    # Strength
+
+    def set_scaling(self, adapter_name: str, value: float) -> None:
+        """Sets the strength of an adapter, see [`trl_steer.set_scaling`]."""
+        set_scaling(self, adapter_name, value)
+
+    def adapter_scaling(self, adapter_name: str, value: float) -> AbstractContextManager[None]:
+        """Sets the strength of an adapter for a `with` block, see [`trl_steer.adapter_scaling`]."""
+        return adapter_scaling(self, adapter_name, value)
+
+    # Several adapters
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        """As [`~peft.PeftModel`]'s: `adapter_names` gives each row of the batch its adapter."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(adapter_names=adapter_names):
+            return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        others = getattr(super(), "_enable_peft_forward_hooks", None)
+        with others(*args, **kwargs) if others else nullcontext():
+            if adapter_names is None:
+                yield
+                return
+            if self.training:
+                raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+            if unknown:
+                raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            types = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
+            layers = [module for module in self.modules() if isinstance(module, types)]
+            with adapters_by_row(layers, adapter_names, args, kwargs, self.model):
+                yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        if adapter_name in active:
+            # Layers choose a new active adapter among their own, which differ where adapters sit on different blocks.
+            remaining = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
+            if remaining:
+                self.set_adapter(remaining)
+
+    # Merging and unloading
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Merges adapters into linear layers of the base model, where that is exact; see `merging.py`. Keeps a copy of
+        each tensor that it changes, so that unmerging gives back the same bits.
+
+        Raises:
+            ValueError: That is not possible. The message says why and what to do instead; nothing has changed.
+        """
+        merge_steering(self, adapter_names, safe_merge)
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            self.unmerge_adapter()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        merged = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer) and module.merged]
+        # Last what was merged first.
+        for layer in sorted(merged, key=lambda layer: isinstance(layer, SteeringLayer)):
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            merge_steering(self, adapter_names, safe_merge)
+        else:
+            self.unmerge_adapter()
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])  # PEFT would put the trained copy in the place of the original
+        for _, layer in self.named_steering_layers():
+            layer.remove()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)  # no weights need to be moved
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def named_steering_layers(self) -> list[tuple[str, SteeringLayer]]:
+        """The steering layers of this tuner by name, first to last."""
+        layer_cls = self.steering_layer_cls
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, layer_cls)]
+
+
+def _check_name(adapter_name: str) -> None:
+    if (
+        not adapter_name
+        or any(character in adapter_name for character in "./\\\0")
+        or adapter_name == "__base__"
+        or hasattr(nn.ModuleDict(), adapter_name)
+    ):
+        raise ValueError(
+            f"{adapter_name!r} cannot be the name of an adapter. It becomes the name of a module and of a folder, so "
+            "it may not be empty, have a dot or a path separator or be that of an attribute; and __base__ means the "
+            "base model in `adapter_names`."
+        )
