@@ -11,8 +11,11 @@ COMMANDS = {
         "trl_steer.demo.run:main",
         "train and score a steering adapter on a small real model, in minutes on a CPU",
     ),
-    "sft": ("trl_steer.integrations.trl.sft:main", "TRL's sft script with a steering adapter"),
-    "joint": ("trl_steer.integrations.trl.joint:main", "TRL's sft script with LoRA and steering trained together"),
+    "sft": ("trl_steer.integrations.trl.sft:main", "train with TRL: steering, LoRA, both together, or all parameters"),
+    "joint": (
+        "trl_steer.integrations.trl.sft:joint",
+        "sft --method joint_orth: LoRA and steering together",
+    ),
     "split": ("trl_steer.tuners.joint_steering.commands:split", "write the two halves of a joint adapter"),
     "join": ("trl_steer.tuners.joint_steering.commands:join", "join a LoRA and a steering adapter into one"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),

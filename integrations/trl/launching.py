@@ -4,11 +4,13 @@
 accelerate's launcher.
 """
 
+import importlib.resources
 import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -37,6 +39,11 @@ def launched(module: str, options: Sequence[str], argv: Sequence[str]) -> int | 
     """
     if not options or "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
         return None
+    if "--config_file" not in options and not torch.accelerator.is_available():
+        # The launcher starts one process on a CPU, however many are asked for, unless this configuration says how.
+        on_cpu = importlib.resources.files("trl_steer.integrations").joinpath("accelerate", "ddp_cpu.yaml")
+        processes = [] if "--num_processes" in options else ["--num_processes", "1"]
+        options = ["--config_file", str(on_cpu), *processes, *options]
     arguments: Any = launch_command_parser().parse_args([*options, "--module", module, *argv])
     try:
         launch_command(arguments)

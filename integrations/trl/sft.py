@@ -1,176 +1,234 @@
-"""TRL's `sft` script with a steering adapter: `trl-steer sft`, or under a launcher
+"""The training script: `trl-steer sft`, or under a launcher
 
     accelerate launch -m trl_steer.integrations.trl.sft --config recipe.yaml
 
-All of TRL's arguments and its `--config` file work as in `trl sft`, options of the launcher among them;
-`--steering*` arguments come on top, and `--task` names one of our benchmarks as the data set. With `--steering none`
-this is TRL's script, LoRA included.
+Steering of every kind, LoRA, both together and full fine-tuning, with TRL's `SFTTrainer` and all of its arguments.
+`--method` says what is trained, `--preset` where settings that are not given come from, and `--task` names one of our
+benchmarks as the data set.
 """
 
+from __future__ import annotations
+
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import trl
-from peft import PeftConfig
-from trl import TrlParser
-from trl.scripts import sft as trl_sft
-
-from trl_steer import PostBlockSteeringConfig
-from trl_steer.integrations.trl import launching
-from trl_steer.integrations.trl.task_arguments import TaskError, task_as_dataset, with_task
-from trl_steer.trainers.callbacks import DivergenceCallback, TrainingDivergedError
+from trl_steer.integrations.trl.arguments import Request, SteeringArguments, read
+from trl_steer.integrations.trl.checks import check_places
+from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.presets import JOINT, METHODS
 
 MODULE = "trl_steer.integrations.trl.sft"
 
-# What takes the place of TRL's defaults, which suit other methods, where the user gives nothing. The paper trains
-# steering at a constant rate, without warm-up or decay; the rates are those of the demo, measured on SmolLM2-135M.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "low_rank": {"learning_rate": 2e-3, "lr_scheduler_type": "constant"},
-    "vector": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
-    "none": {},
-}
 
+def main(argv: Sequence[str] | None = None, prog: str | None = None, method: str | None = None) -> int:
+    """Runs the command and returns its exit status; what a user can mend is said in one line.
 
-class TrainerSetupError(ValueError):
-    """The trainer refuses what it was given, before training."""
-
-
-@dataclass
-class SteeringArguments:
-    """Arguments of the steering adapter; see [`PostBlockSteeringConfig`] for what each one means.
-
-    Where `--learning_rate` or `--lr_scheduler_type` is not given, on the command line or in the config file, the
-    default depends on `steering` (`DEFAULTS`).
+    Args:
+        argv (`Sequence[str]`, *optional*): The command line, by default that of the process.
+        prog (`str`, *optional*): Name of the command.
+        method (`str`, *optional*): The default of `--method`.
     """
+    name, argv = prog or MODULE, sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        from trl_steer.integrations.trl.help import help_text
 
-    _argument_group_name = "post-block steering"
-
-    steering: Literal["low_rank", "vector", "none"] = field(
-        default="low_rank",
-        metadata={
-            "help": "Kind of post-block steering. Also sets the defaults of --learning_rate (low_rank "
-            f"{DEFAULTS['low_rank']['learning_rate']:g}, vector {DEFAULTS['vector']['learning_rate']:g}) and of "
-            "--lr_scheduler_type (constant). 'none' leaves everything to TRL.",
-        },
-    )
-    steering_r: int = field(default=8, metadata={"help": "Rank of low-rank steering."})
-    steering_activation: str | None = field(
-        default=None, metadata={"help": "Activation inside low-rank steering, such as 'silu'; linear by default."}
-    )
-    steering_scaling: float = field(default=1.0, metadata={"help": "Factor on the steering update."})
-    steering_dropout: float = field(default=0.0, metadata={"help": "Dropout inside low-rank steering."})
-    steering_init_scale: float = field(
-        default=1.0, metadata={"help": "Factor on the initial down projection of low-rank steering."}
-    )
-    steering_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks to steer, such as 0 1 2; all by default."}
-    )
-
-
-def peft_config(arguments: SteeringArguments) -> PostBlockSteeringConfig | None:
-    """The adapter configuration that the arguments ask for; None for `steering="none"`."""
-    if arguments.steering == "none":
-        return None
-    return PostBlockSteeringConfig(
-        task_type="CAUSAL_LM",
-        steering_type=arguments.steering,
-        r=arguments.steering_r,
-        activation=arguments.steering_activation,
-        scaling=arguments.steering_scaling,
-        dropout=arguments.steering_dropout,
-        init_scale=arguments.steering_init_scale,
-        layers_to_transform=arguments.steering_layers,
-    )
-
-
-def make_parser(prog: str | None = None) -> TrlParser:
-    """TRL's parser of `sft` with `--task` and one more group of arguments."""
-    theirs = trl_sft.make_parser(prog=prog)
-    types: list[Any] = [*with_task(theirs.dataclass_types), SteeringArguments]
-    return TrlParser(types, prog=prog)
-
-
-def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
-    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`]. Options of the launcher are ignored.
-
-    Raises:
-        ValueError: if both steering and TRL's LoRA are asked for, or an argument or a key of the config file is
-            unknown or has a value that it cannot have.
-    """
-    return _parse(sys.argv[1:] if argv is None else argv, prog)[0]
-
-
-def _parse(argv: Sequence[str], prog: str | None) -> tuple[tuple, list[str]]:
-    parser = make_parser(prog)
-    parser.set_defaults(**DEFAULTS[steering_of(make_parser(prog), argv)])
-    parsed, launch_options = launching.parse(parser, argv)
-    if parsed[-1].steering != "none" and parsed[2].use_peft:
-        raise ValueError(
-            f"both --steering {parsed[-1].steering} and --use_peft (TRL's LoRA) were given, but one run trains one "
-            "adapter. Leave out --use_peft, or pass --steering none for LoRA alone."
-        )
-    return parsed, launch_options
-
-
-def steering_of(parser: TrlParser, argv: Sequence[str]) -> str:
-    """Which steering the arguments ask for. Found out first, since the defaults of other arguments depend on it.
-
-    What the command line or the config file says about these then goes before our defaults, as it goes before TRL's.
-    """
-    steering = launching.parse(parser, argv)[0][-1].steering
-    if steering not in DEFAULTS:  # argparse does not check what comes from a config file
-        raise ValueError(f"steering: {steering!r} is unknown; use one of {', '.join(DEFAULTS)}.")
-    return steering
-
-
-def run(trl_arguments: Sequence[Any], adapter: PeftConfig | None, trainer_class: type | None = None) -> None:
-    """Runs TRL's script, by default with TRL's trainer; the adapter is saved to `--output_dir`, as TRL does.
-
-    Raises:
-        TrainerSetupError: if the trainer refuses what it is given.
-        TaskError: if `--task` cannot be trained on.
-        TrainingDivergedError: if training diverges.
-    """
-    sft_trainer = trl.SFTTrainer
-
-    def make_trainer(**kwargs):
-        kwargs["peft_config"] = adapter or kwargs["peft_config"]
-        try:
-            return (trainer_class or sft_trainer)(**kwargs, callbacks=[DivergenceCallback()])
-        except ValueError as error:
-            raise TrainerSetupError(str(error)) from error
-
-    # The script has no argument for an adapter or for callbacks, and looks `SFTTrainer` up in `trl` when it runs.
-    trl.SFTTrainer = make_trainer  # type: ignore[misc, assignment]
+        print(help_text(name, method))
+        return 0
     try:
-        with task_as_dataset(trl_arguments) as arguments:
-            trl_sft.main(*arguments)
-    finally:
-        trl.SFTTrainer = sft_trainer  # type: ignore[misc]
+        request = read(argv, **({"method": method} if method else {}))
+        if request.ours.dry_run:
+            from trl_steer.integrations.trl.help import dry_run
 
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Runs the command and returns its exit status; wrong arguments and divergence are said in one line."""
-    name = prog or MODULE
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        (*trl_arguments, arguments), launch_options = _parse(argv, prog)
-        steering = peft_config(arguments)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+            print(dry_run(request), end="")
+            return 0
+        check_places(request.given)
+    except ArgumentError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
-    status = launching.launched(MODULE, launch_options, argv)
-    if status is not None:
-        return status
     try:
-        run(trl_arguments, steering)
-    except (TrainingDivergedError, TrainerSetupError, TaskError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return _run(request, argv)
+    except KeyboardInterrupt:
+        folder = request.given.get("output_dir")
+        print(
+            f"\n{name}: stopped. Checkpoints in {folder} are kept; the same command with "
+            "--resume_from_checkpoint true goes on from the last one.",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception as error:
+        if request.shows_traceback:
+            raise
+        print(f"{name}: error: {_in_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+
+
+def joint(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """`trl-steer joint`: short for `trl-steer sft --method joint_orth`."""
+    return main(argv, prog, "joint_orth")
+
+
+def _run(request: Request, argv: Sequence[str]) -> int:
+    from trl_steer.integrations.trl import launching
+
+    parsed, launch_options = parse(request, argv)
+    method = [] if "method" in request.given and "--method" in argv else ["--method", request.ours.method]
+    status = launching.launched(MODULE, launch_options, [*argv, *method])
+    if status is None:
+        train(request, *parsed[:-1])
+        status = 0
+    return status
+
+
+def parse(request: Request, argv: Sequence[str]) -> tuple[tuple, list[str]]:
+    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`]; and the options of the launcher.
+
+    Raises:
+        ArgumentError: TRL refuses a value.
+    """
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    from trl_steer.integrations.trl import launching
+
+    config_class: type[SFTConfig] = SFTConfig
+    if request.ours.method in JOINT:
+        from trl_steer.trainers import JointOrthSFTConfig
+
+        config_class = JointOrthSFTConfig
+    types: list[Any] = [ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig, SteeringArguments]
+
+    class Parser(TrlParser):
+        def error(self, message: str):
+            raise ArgumentError(message)  # argparse would print its usage, hundreds of lines of it, and exit
+
+    parser = Parser(types)
+    parser.set_defaults(**request.settings().values, **_device(request))
+    if request.ours.task and "dataset_test_split" not in request.given:
+        parser.set_defaults(dataset_test_split="validation")
+    if request.shows_traceback:
+        argv = [word for word in argv if word != "--debug"]
+    try:
+        return launching.parse(parser, argv)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error)) from error
+
+
+def _device(request: Request) -> dict[str, Any]:
+    """Precision and device, where neither was given: bf16 where the machine has it, else float32; said in a line."""
+    import torch
+
+    if request.given.keys() & {"bf16", "fp16", "use_cpu", "accelerate_config", "config_file", "mixed_precision"}:
+        return {}
+    if not torch.accelerator.is_available():
+        print("Training on the CPU in float32.", flush=True)
+        return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    device = torch.accelerator.current_accelerator()
+    wanted = request.settings().values.get("bf16", True)
+    bf16 = bool(wanted) and device is not None and (device.type != "cuda" or torch.cuda.is_bf16_supported())
+    print(f"Training on {device} in {'bf16' if bf16 else 'float32'}.", flush=True)
+    return {"bf16": bf16}
+
+
+def train(request: Request, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> Any:
+    """Trains and saves to `--output_dir`, as TRL's script does. Returns the trainer.
+
+    Raises:
+        ValueError: The data set, the model or the adapter do not fit what was asked for.
+        TrainingDivergedError: Training diverges.
+    """
+    from trl import SFTTrainer, get_quantization_config
+
+    from trl_steer.integrations.trl.data import load_dataset
+    from trl_steer.trainers import JointOrthSFTTrainer
+    from trl_steer.trainers.callbacks import DivergenceCallback
+    from trl_steer.trainers.checkpoints import is_finished, newest_complete_checkpoint
+
+    init = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**init, **(training_args.model_init_kwargs or {})}
+    if request.ours.method in JOINT:
+        training_args.orthogonal = request.ours.method == "joint_orth"
+    dataset = load_dataset(request.ours, script_args, training_args, dataset_args, model_args.model_name_or_path)
+    adapter = peft_config(request, model_args)
+    checkpoint = training_args.resume_from_checkpoint
+    if str(checkpoint).lower() in ("true", "1"):
+        checkpoint = newest_complete_checkpoint(training_args.output_dir)
+    finished = checkpoint is not None and is_finished(checkpoint, training_args)
+    trainer_class = JointOrthSFTTrainer if request.ours.method in JOINT else SFTTrainer
+    trainer = trainer_class(
+        model=str(checkpoint) if finished and adapter is None else model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=adapter,
+        callbacks=[DivergenceCallback()],
+    )
+    trainable, total = _parameters(trainer.model)
+    trainer.accelerator.print(f"{METHODS[request.ours.method]}: {trainable:,} of {total:,} parameters are trained.")
+    if not finished:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    elif adapter is not None:
+        model: Any = trainer.model
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if hasattr(trainer, "end"):
+        trainer.end()
+    return trainer
+
+
+def peft_config(request: Request, model_args: Any) -> Any:
+    """The adapter that the arguments ask for; `None` for full fine-tuning."""
+    from trl import get_peft_config
+
+    from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+
+    ours = request.ours
+    if ours.method == "full":
+        return None
+    lora: Any = None
+    if ours.method in ("lora", *JOINT):
+        model_args.use_peft = True
+        lora = get_peft_config(model_args)
+    if ours.method == "lora":
+        return lora
+    fields = {
+        "task_type": "CAUSAL_LM",
+        "steering_type": ours.steering_type,
+        "activation": ours.steering_activation,
+        "scaling": ours.steering_scaling,
+        "dropout": ours.steering_dropout,
+        "layers_to_transform": ours.steering_layers,
+        "r": ours.steering_r,
+        "init_scale": ours.steering_init_scale,
+    }
+    if ours.method == "sublayer":
+        return SublayerSteeringConfig(site=ours.site, **fields)
+    steering = PostBlockSteeringConfig(**fields)
+    return JointSteeringConfig.from_parts(lora, steering) if ours.method in JOINT else steering
+
+
+def _parameters(model: Any) -> tuple[int, int]:
+    if hasattr(model, "get_nb_trainable_parameters"):
+        return model.get_nb_trainable_parameters()
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if len(text) < 600 else f"{text[:600]} ... (--debug shows all of it)"
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from trl_steer.integrations.trl.task_arguments import TaskError, TaskScriptArguments
+from trl_steer.integrations.trl.arguments import SteeringArguments
+from trl_steer.integrations.trl.data import load_task_rows
 from trl_steer.tasks import get_task, load_task
 
 ROWS = [
@@ -90,7 +91,8 @@ def test_a_chat_model_is_given_what_a_user_would_write():
 
 def test_the_training_script_takes_the_task_by_name(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS)
-    assert TaskScriptArguments(task="alpaca", dataset_name=str(path)).load()["train"].to_list() == EXAMPLES
+    arguments = SteeringArguments(task="alpaca")
+    assert load_task_rows(arguments, str(path), None)["train"].to_list() == EXAMPLES
     write(path, [{"question": "?"}])
-    with pytest.raises(TaskError, match="lacks instruction, output; expected the columns"):
-        TaskScriptArguments(task="alpaca", dataset_name=str(path)).load()
+    with pytest.raises(ValueError, match="lacks instruction, output; expected the columns"):
+        load_task_rows(arguments, str(path), None)

@@ -19,10 +19,11 @@ class TrainingDivergedError(RuntimeError):
 
 
 class DivergenceCallback(TrainerCallback):
-    """Warns once when the loss rises far above where it started, and stops the run when it is no number any more.
+    """Warns when the loss stays far above where it started, and stops the run when it is no number any more.
 
     The loss that counts is the one the trainer logs. "Far above" is more than twice the loss of the first step, which
-    is logged for this, and at least 1.0 more. transformers replaces a NaN loss by an average before it logs it
+    is logged for this, and at least 1.0 more, twice in a row: one batch may be strange. After the loss has come back,
+    a further rise is said again. transformers replaces a NaN loss by an average before it logs it
     (`logging_nan_inf_filter`), so the gradient norm is watched too; and before anything is saved, the trained
     parameters, since logs may be few or none.
 
@@ -33,7 +34,7 @@ class DivergenceCallback(TrainerCallback):
 
     def __init__(self):
         self.first_loss: float | None = None
-        self.warned = False
+        self.high_in_a_row = 0
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         # A mean over more steps may hold the explosion already.
@@ -57,8 +58,10 @@ class DivergenceCallback(TrainerCallback):
             return
         if self.first_loss is None:
             self.first_loss = loss
-        elif not self.warned and loss > max(FACTOR * self.first_loss, self.first_loss + MARGIN):
-            self.warned = True
+            return
+        is_high = loss > max(FACTOR * self.first_loss, self.first_loss + MARGIN)
+        self.high_in_a_row = self.high_in_a_row + 1 if is_high else 0
+        if self.high_in_a_row == 2:
             logger.warning(
                 f"The loss at step {state.global_step} is {loss:.3g}, far above the {self.first_loss:.3g} it started "
                 f"from: this run diverges. {_advice(args)}"

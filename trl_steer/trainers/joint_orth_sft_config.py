@@ -18,10 +18,21 @@ class JointOrthSFTConfig(SFTConfig):
             Keep the steering update orthogonal to what LoRA writes into the residual stream. `False` is naive joint
             training.
         orthogonal_every (`int`, defaults to `1`):
-            Project after every so many optimizer steps. The constraint holds in everything that is saved anyway.
+            Project every so many optimizer steps. The constraint holds in everything that is saved anyway.
         orthogonal_side (`str`, defaults to `"output"`):
             `"output"` projects `W_up`, as in the paper. `"input"` projects `W_down` instead, as in the code that its
             authors released.
+        orthogonal_before_step (`bool`, defaults to `False`):
+            Project before a step instead of after it.
+        orthogonal_at_end (`bool`, defaults to `True`):
+            Project after the last step too, and what a checkpoint holds. Without it nothing says that the constraint
+            holds in what is saved.
+        orthogonal_gradients (`bool`, defaults to `True`):
+            Project the gradients before each step, so that the optimizer's momentum does not keep pushing out. This
+            is not in the paper.
+        orthogonal_norms (`bool`, defaults to `True`):
+            Where a norm sits between LoRA and the residual addition, constrain what comes out of it. `False` takes
+            LoRA's matrix as it is.
         orthogonal_modules (`list[str]`, *optional*):
             Names, or their endings, of the modules inside a block whose LoRA matrices count. By default the MLP's last
             linear layer.
@@ -36,10 +47,22 @@ class JointOrthSFTConfig(SFTConfig):
     orthogonal: bool = field(
         default=True, metadata={"help": "Keep steering orthogonal to what LoRA writes. False is naive joint training."}
     )
-    orthogonal_every: int = field(default=1, metadata={"help": "Project after every so many optimizer steps."})
+    orthogonal_every: int = field(default=1, metadata={"help": "Project every so many optimizer steps."})
     orthogonal_side: str = field(
         default="output",
         metadata={"help": "'output' projects W_up (the paper), 'input' W_down.", "choices": ["output", "input"]},
+    )
+    orthogonal_before_step: bool = field(
+        default=False, metadata={"help": "Project before a step instead of after it."}
+    )
+    orthogonal_at_end: bool = field(
+        default=True, metadata={"help": "Project after the last step too, and what is saved."}
+    )
+    orthogonal_gradients: bool = field(
+        default=True, metadata={"help": "Project the gradients before each step, so that momentum does not push out."}
+    )
+    orthogonal_norms: bool = field(
+        default=True, metadata={"help": "Count the norm between LoRA and the residual addition, where there is one."}
     )
     orthogonal_modules: list[str] | None = field(
         default=None,

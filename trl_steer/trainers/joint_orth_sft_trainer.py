@@ -61,9 +61,19 @@ class JointOrthSFTTrainer(SFTTrainer):
         if args.orthogonal:
             self._check_parallelism()
             constraint = OrthogonalityConstraint(
-                unwrapped, adapter_name, side=args.orthogonal_side, modules=args.orthogonal_modules
+                unwrapped,
+                adapter_name,
+                side=args.orthogonal_side,
+                modules=args.orthogonal_modules,
+                norms=args.orthogonal_norms,
             )
-            self.projection = OrthogonalityCallback(constraint, every=args.orthogonal_every)
+            self.projection = OrthogonalityCallback(
+                constraint,
+                every=args.orthogonal_every,
+                before_step=args.orthogonal_before_step,
+                at_end=args.orthogonal_at_end,
+                gradients=args.orthogonal_gradients,
+            )
             self.add_callback(self.projection)
 
     def train(self, *args, **kwargs):
@@ -86,7 +96,8 @@ class JointOrthSFTTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # What is saved satisfies the constraint, whatever `orthogonal_every` is; training goes on as if nothing was.
-        with self.projection.constraint.projected() if self.projection is not None else nullcontext():
+        projection = self.projection
+        with projection.constraint.projected() if projection is not None and projection.at_end else nullcontext():
             super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

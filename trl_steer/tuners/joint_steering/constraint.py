@@ -30,14 +30,22 @@ class OrthogonalityConstraint:
         adapter_name (`str`): The adapter.
         side (`str`, defaults to `"output"`): `"output"` projects `W_up`, `"input"` projects `W_down`.
         modules (`list[str]`, *optional*): See [`JointOrthSFTConfig`].
+        norms (`bool`, defaults to `True`): See [`find_pairs`].
 
     Raises:
         ValueError: The constraint would be empty, or cannot hold; see [`find_pairs`].
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, side: str = "output", modules: list[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        side: str = "output",
+        modules: list[str] | None = None,
+        norms: bool = True,
+    ):
         self.model, self.adapter_name, self.side = model, adapter_name, side
-        self.pairs = find_pairs(model, adapter_name, modules)
+        self.pairs = find_pairs(model, adapter_name, modules, norms)
         if side == "input" and any(not hasattr(pair.steering.adapters[adapter_name], "down") for pair in self.pairs):
             raise ValueError("orthogonal_side='input' projects W_down, which steering_type='vector' does not have.")
 

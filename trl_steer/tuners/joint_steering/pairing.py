@@ -73,7 +73,9 @@ class Pair:
         return adapter.up if hasattr(adapter, "up") else adapter.vector
 
 
-def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | None = None) -> list[Pair]:
+def find_pairs(
+    model: nn.Module, adapter_name: str, modules: Sequence[str] | None = None, norms: bool = True
+) -> list[Pair]:
     """
     Pairs each steered block with the LoRA layers that write into the residual stream there.
 
@@ -87,6 +89,8 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
             Names, or their endings, of the modules inside a block to pair with. By default the MLP's last linear
             layer whose output has the width of the residual stream; where no module is called an MLP, the last such
             layer outside of the attention.
+        norms (`bool`, defaults to `True`):
+            Whether the gain of a norm between LoRA and the residual addition counts.
 
     Raises:
         ValueError: There is nothing to pair with, LoRA misses it, or its rank leaves no room for steering.
@@ -100,7 +104,7 @@ def find_pairs(model: nn.Module, adapter_name: str, modules: Sequence[str] | Non
         wanted = _wanted_modules(name, anatomy, modules)
         unknown -= {m for m in unknown if any(_is_called(n, m) for n in wanted)}
         lora_layers: list[Any] = [
-            (anatomy.block.get_submodule(n), _gain_after(anatomy, n, adapter_name))
+            (anatomy.block.get_submodule(n), _gain_after(anatomy, n, adapter_name) if norms else None)
             for n in wanted
             if _has_adapter(anatomy.block.get_submodule(n), adapter_name)
         ]

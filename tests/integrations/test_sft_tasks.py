@@ -8,12 +8,12 @@ from lm_eval.models.huggingface import HFLM
 from scripted_models import SIX, evaluate
 from tiny_chat import tiny_model, tiny_tokenizer
 
-from trl_steer.integrations.trl import joint, sft
-from trl_steer.integrations.trl.task_arguments import TaskError, TaskScriptArguments
+from trl_steer.integrations.trl import sft
+from trl_steer.integrations.trl.arguments import SteeringArguments
+from trl_steer.integrations.trl.data import load_task_rows
 from trl_steer.tasks import load_task
 
 BENCHMARKS = [task.removeprefix("steer_") for task in SIX]
-ON_CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none"]
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def model_folder(tmp_path_factory) -> str:
 
 def train(model_folder: str, output: Path, *arguments: str) -> int:
     size = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
-    return sft.main(["--model_name_or_path", model_folder, "--output_dir", str(output), *ON_CPU, *size, *arguments])
+    where = ["--model_name_or_path", model_folder, "--output_dir", str(output), "--use_cpu", "--bf16", "false"]
+    return sft.main([*where, *size, *arguments])
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -46,56 +47,40 @@ def test_adapter_trained_on_a_task_is_scored_by_the_task_of_that_name(hub, model
     assert lm.model.peft_config["default"].peft_type == "POST_BLOCK_STEERING"
 
 
-def test_joint_adapter_is_trained_on_a_task_by_name(hub, model_folder, tmp_path):
+def test_joint_adapter_is_trained_on_a_task_with_the_settings_of_the_authors_code(hub, model_folder, tmp_path):
     size = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--lora_r", "4", "--steering_r", "2"]
-    where = ["--model_name_or_path", model_folder, "--output_dir", str(tmp_path)]
-    assert joint.main([*where, *ON_CPU, *size, "--task", "boolq"]) == 0
+    where = ["--model_name_or_path", model_folder, "--output_dir", str(tmp_path), "--use_cpu"]
+    assert sft.joint([*where, *size, "--task", "boolq", "--preset", "steerling"]) == 0
     lm = HFLM(pretrained=model_folder, peft=str(tmp_path), batch_size=2, device="cpu")
     assert 0.0 <= evaluate(lm, ["steer_boolq"], limit=2)["steer_boolq"]["exact_match"] <= 1.0
     assert lm.model.peft_config["default"].peft_type == "JOINT_STEERING"
 
 
-def test_rows_are_those_of_load_task_and_evaluation_is_on_validation(hub):
-    arguments = TaskScriptArguments(task="gsm8k")
-    assert (arguments.dataset_train_split, arguments.dataset_test_split) == ("train", "validation")
-    assert {k: v.to_list() for k, v in arguments.load().items()} == {
-        k: v.to_list() for k, v in load_task("gsm8k").items()
-    }
-    limited = TaskScriptArguments(task="gsm8k", task_rows=3, task_conversational=True, task_splits="steerling").load()
-    assert {name: len(rows) for name, rows in limited.items()} == {"train": 3, "validation": 2, "test": 3}
+def test_rows_are_those_of_load_task(hub):
+    rows = load_task_rows(SteeringArguments(task="gsm8k"), None, None)
+    assert {k: v.to_list() for k, v in rows.items()} == {k: v.to_list() for k, v in load_task("gsm8k").items()}
+    arguments = SteeringArguments(task="gsm8k", task_rows=3, task_conversational=True)
+    limited = load_task_rows(arguments, None, None)
+    assert len(limited["train"]) == 3
     assert limited["train"][0]["prompt"][0]["role"] == "user"
-
-
-def test_without_a_task_the_arguments_are_those_of_trl():
-    assert TaskScriptArguments(dataset_name="some/where").dataset_test_split == "test"
 
 
 def test_dataset_name_and_config_name_another_copy(hub, tmp_path):
     task_rows.write_config(tmp_path / "mine", "small", {"train": 10, "validation": 4}, task_rows.rows_of("boolq"))
-    arguments = TaskScriptArguments(task="boolq", dataset_name=str(tmp_path / "mine"), dataset_config="small")
-    assert len(arguments.load()["test"]) == 4
+    rows = load_task_rows(SteeringArguments(task="boolq"), str(tmp_path / "mine"), "small")
+    assert len(rows["test"]) == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--task", "booq"], "no task named 'booq'. Choose one of: boolq"),
-        (["--task", "boolq", "--task_splits", "paper"], "choose default or steerling"),
+        (["--task", "boolq", "--task_splits", "paper"], "use one of default, steerling"),
         (["--task", "boolq", "--dataset_config", "nowhere"], "'nowhere' not found"),
         (["--task", "boolq", "--dataset_train_split", "training"], "no training. Name another"),
         (["--task", "boolq", "--dataset_test_split", "nope", "--eval_strategy", "steps"], "no nope. Name another"),
-        (["--task", "boolq", "--task_rows", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_said_in_one_line(hub, model_folder, tmp_path, capsys, arguments, said):
     assert train(model_folder, tmp_path, *arguments) != 0
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_a_task_and_a_mixture_are_too_much(hub, model_folder, tmp_path):
-    parsed = sft.parse(
-        ["--task", "boolq", "--model_name_or_path", model_folder, "--output_dir", str(tmp_path), *ON_CPU]
-    )
-    parsed[3].datasets = ["another"]
-    with pytest.raises(TaskError, match="a run has one data set"):
-        sft.run(parsed[:-1], None)

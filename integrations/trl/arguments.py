@@ -1,0 +1,250 @@
+"""The arguments of `trl-steer sft`: ours, and the names of TRL's, checked without importing PyTorch.
+
+Importing TRL takes seconds, and most mistakes can be told without it: TRL's and accelerate's arguments are read from
+their source files.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from trl_steer import presets
+from trl_steer.integrations.trl.known import ArgumentError, launcher_arguments, trl_arguments
+
+
+@dataclass
+class SteeringArguments:
+    """What `trl-steer sft` has on top of TRL's arguments; see [`PostBlockSteeringConfig`] for the adapter's."""
+
+    _argument_group_name = "steering"
+
+    method: Literal["low_rank", "vector", "sublayer", "lora", "joint", "joint_orth", "full"] = field(
+        default="low_rank",
+        metadata={"help": "; ".join(f"{name}: {what}" for name, what in presets.METHODS.items()) + "."},
+    )
+    preset: Literal["default", "paper", "steerling"] = field(
+        default="default",
+        metadata={
+            "help": "Where settings that are not given come from. "
+            + "; ".join(f"{name}: {what}" for name, what in presets.PRESETS.items())
+            + ". --dry_run shows them, and which are guessed."
+        },
+    )
+    steering_type: Literal["low_rank", "vector"] = field(
+        default="low_rank", metadata={"help": "Kind of update of --method sublayer, joint and joint_orth."}
+    )
+    site: Literal["pre_mlp", "post_mlp", "post_attn"] = field(
+        default="post_mlp", metadata={"help": "Where in a block --method sublayer steers."}
+    )
+    steering_r: int = field(default=8, metadata={"help": "Rank of low-rank steering."})
+    steering_activation: str | None = field(
+        default=None, metadata={"help": "Activation inside low-rank steering, such as 'silu'; linear by default."}
+    )
+    steering_scaling: float = field(default=1.0, metadata={"help": "Factor on the steering update."})
+    steering_dropout: float = field(default=0.0, metadata={"help": "Dropout inside low-rank steering."})
+    steering_init_scale: float = field(
+        default=1.0, metadata={"help": "Factor on the initial down projection of low-rank steering."}
+    )
+    steering_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the blocks to steer, such as 0 1 2; all by default."}
+    )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on one of our benchmarks (`trl-steer tasks` lists them). --dataset_name and "
+            "--dataset_config then name another copy of its data set."
+        },
+    )
+    task_splits: Literal["default", "steerling"] = field(
+        default="default",
+        metadata={"help": "'default': what the lm-eval tasks hold out; 'steerling': the splits of the paper's code."},
+    )
+    task_conversational: bool = field(
+        default=False,
+        metadata={"help": "Train on chat messages; evaluate with lm-eval's --apply_chat_template then."},
+    )
+    task_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
+    train_end_token: bool = field(
+        default=True, metadata={"help": "Whether prompt-completion examples end in the end-of-text token."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the settings, and do nothing else."})
+
+    def __post_init__(self):
+        if self.task_rows is not None and self.task_rows < 1:
+            raise ValueError(f"--task_rows must be at least 1, got {self.task_rows}.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What the command line and the config file ask for.
+
+    Attributes:
+        given (`dict[str, Any]`): All arguments by name, as text where they come from the command line.
+        ours (`SteeringArguments`): Ours among them, with the preset's settings and defaults.
+    """
+
+    given: dict[str, Any]
+    ours: SteeringArguments
+
+    @property
+    def shows_traceback(self) -> bool:
+        """Whether `--debug` was given, without a value: with one it is transformers'."""
+        return self.given.get("debug") is True
+
+    def settings(self) -> presets.Settings:
+        """What the preset sets and the request does not."""
+        ours = self.ours
+        found = presets.settings(ours.preset, ours.method, ours.task, ours.steering_type)
+        return presets.Settings(
+            {name: value for name, value in found.values.items() if name not in self.given},
+            {name: why for name, why in found.guessed.items() if name not in self.given},
+        )
+
+
+def read(argv: Sequence[str], **defaults: Any) -> Request:
+    """Reads and checks the arguments, and the config file that they may name.
+
+    Args:
+        argv (`Sequence[str]`): The command line.
+        defaults: Values of our arguments that go before their own defaults.
+
+    Raises:
+        ArgumentError: Something is unknown, or has a value that it cannot have.
+    """
+    on_command_line = _read_command_line(argv)
+    config = on_command_line.pop("config", None)
+    in_file = {} if config is None else _read_config(str(config))
+    known, launcher = trl_arguments(), launcher_arguments()
+    own = {f.name: f for f in fields(SteeringArguments)}
+    for where, names in (("", on_command_line), (f"{config}: ", in_file)):
+        for name, value in names.items():
+            if name not in own and name not in known and name not in launcher and name != "env":
+                raise ArgumentError(f"{where}unknown argument {_spelled(name, where)}{_similar(name, [*own, *known])}")
+            if name in known:
+                _check_type(where, name, value, known[name].annotation)
+    given = {**defaults, **in_file, **on_command_line}
+    try:
+        ours = SteeringArguments(**{name: _value(own[name], value) for name, value in given.items() if name in own})
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error)) from error
+    if ours.method in presets.STEERING_TYPES:
+        ours.steering_type = ours.method  # type: ignore[assignment]
+    request = Request(given, ours)
+    for name, value in request.settings().values.items():
+        if name in own:
+            setattr(ours, name, value)
+    return request
+
+
+def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    name = None
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found[name] = value if equals else True
+        elif name is None:
+            raise ArgumentError(f"{word!r} is no argument; arguments begin with --.")
+        elif found[name] is True:
+            found[name] = word
+        else:
+            found[name] = [*(found[name] if isinstance(found[name], list) else [found[name]]), word]
+    return found
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"--config {path} is no text file.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ArgumentError(f"{path}{line}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ArgumentError(f"{path} must hold names and values, one `name: value` a line.")
+    return values
+
+
+def _value(own: Any, value: Any) -> Any:
+    """The value of one of our arguments, of its type."""
+    annotation, spelled = annotation_of(own.name), f"{own.name}: {value!r}"
+    allowed = choices(own.name)
+    if allowed:
+        if value not in allowed:
+            raise ArgumentError(f"{spelled} is unknown; use one of {', '.join(allowed)}.")
+        return value
+    if value is None:
+        if "None" not in annotation:
+            raise ArgumentError(f"{own.name} needs a value.")
+        return None
+    if annotation.startswith("list[int]"):
+        return [_number(own.name, item, int) for item in (value if isinstance(value, list) else [value])]
+    if annotation.startswith("bool"):
+        return _truth(own.name, value)
+    if value is True or isinstance(value, (list, dict)):
+        raise ArgumentError(f"{own.name} needs one value, got {value!r}.")
+    if annotation.startswith("int"):
+        return _number(own.name, value, int)
+    return _number(own.name, value, float) if annotation.startswith("float") else str(value)
+
+
+def annotation_of(name: str) -> str:
+    """The type of one of our arguments as it is written above; a field's own is replaced by transformers' parser."""
+    return SteeringArguments.__annotations__[name]
+
+
+def choices(name: str) -> list[str]:
+    """The values that one of our arguments can have, none where these are not listed."""
+    annotation = annotation_of(name)
+    return ast.literal_eval(annotation.removeprefix("Literal")) if annotation.startswith("Literal") else []
+
+
+def _check_type(where: str, name: str, value: Any, annotation: str) -> None:
+    plain = annotation.replace("Optional[", "").replace("]", "").replace(" ", "").removesuffix("|None")
+    spelled = where + name
+    if isinstance(value, list) and not any(part in annotation for part in ("list", "tuple", "Sequence", "Any")):
+        raise ArgumentError(f"{spelled} takes one value, got {' '.join(map(str, value))}.")
+    if not isinstance(value, (str, int, float)):
+        return
+    if plain in ("int", "float"):
+        _number(spelled, value, int if plain == "int" else float)
+    elif plain == "bool":
+        _truth(spelled, value)
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    try:
+        if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
+            raise ValueError
+        return kind(float(value)) if kind is int else float(value)
+    except (TypeError, ValueError, OverflowError):
+        what = "an integer" if kind is int else "a number"
+        raise ArgumentError(f"{name} must be {what}, got {value!r}.") from None
+
+
+def _truth(name: str, value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "y": True, "false": False, "0": False, "no": False, "n": False}
+    if str(value).lower() not in words:
+        raise ArgumentError(f"{name} must be true or false, got {value!r}.")
+    return words[str(value).lower()]
+
+
+def _spelled(name: str, where: str) -> str:
+    return name if where else f"--{name}"
+
+
+def _similar(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {found[0]}?" if found else "; --help shows those that there are."

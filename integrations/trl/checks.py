@@ -1,0 +1,96 @@
+"""Checks of the files and folders that arguments name, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_steer.integrations.trl.known import ArgumentError
+
+
+def check_places(given: Mapping[str, Any]) -> None:
+    """Makes sure that files and folders that are named can be read or made.
+
+    Raises:
+        ArgumentError: They cannot; the message says which line of a file is wrong.
+    """
+    model = given.get("model_name_or_path")
+    if not isinstance(model, str):
+        raise ArgumentError("--model_name_or_path is missing; give a Hub id or the folder of a checkpoint.")
+    path = Path(model).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise ArgumentError(f"--model_name_or_path {model} has no config.json; it is no folder of a checkpoint.")
+    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ArgumentError(f"--model_name_or_path {model}: there is no such folder.")
+    _check_data(given)
+    output = Path(str(given.get("output_dir") or "trainer_output"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--output_dir {output} cannot be made: {error.strerror}.") from error
+
+
+def _check_data(given: Mapping[str, Any]) -> None:
+    sources = [name for name in ("task", "datasets", "dataset_name") if given.get(name)]
+    if not sources:
+        raise ArgumentError("There is no data to train on; give --task, --dataset_name or, in the config, `datasets`.")
+    if given.get("task"):
+        from trl_steer.tasks import TASKS
+
+        if given["task"] not in TASKS:
+            raise ArgumentError(f"There is no task named {given['task']!r}. Choose one of: {', '.join(TASKS)}.")
+        if given.get("datasets"):
+            raise ArgumentError(f"Both --task {given['task']} and `datasets` were given, but a run has one data set.")
+        return
+    name = str(given.get("dataset_name") or "")
+    if name and Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet") and not Path(name).is_file():
+        raise ArgumentError(f"--dataset_name {name}: there is no such file.")
+    files = [name] if Path(name).is_file() else []
+    for file in _files_of_mixture(given.get("datasets")):
+        if not Path(file).is_file():
+            raise ArgumentError(f"datasets: there is no file {file}.")
+        files.append(file)
+    for file in files:
+        if file.endswith(".jsonl"):
+            _check_jsonl(file)
+
+
+def _files_of_mixture(parts: Any) -> list[str]:
+    """Files on this machine that TRL's `datasets` names one by one."""
+    files: list[str] = []
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, dict) and part.get("path") in ("json", "csv", "parquet"):
+            named = part.get("data_files") or []
+            files += [str(file) for file in ([named] if isinstance(named, str) else named)]
+    return [file for file in files if not any(mark in file for mark in ("*", "?", "[", "://"))]
+
+
+def _check_jsonl(path: str) -> None:
+    count = 0
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    _check_row(f"{path}, line {number}", line)
+                    count += 1
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    if not count:
+        raise ArgumentError(f"{path} holds no rows.")
+
+
+def _check_row(where: str, line: str) -> None:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ArgumentError(f"{where}: this is no JSON: {error}.") from error
+    known = isinstance(row, dict) and (
+        {"prompt", "completion"} <= row.keys() or row.keys() & {"messages", "text", "input_ids"}
+    )
+    if not known:
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ArgumentError(
+            f"{where}: expected the columns `prompt` and `completion`, `messages`, or `text`, found {found or 'none'}."
+        )

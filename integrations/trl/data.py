@@ -1,0 +1,78 @@
+"""The data of `trl-steer sft`: one of our benchmarks, a file, a data set of the Hub, or a mixture of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trl_steer.integrations.trl.arguments import SteeringArguments
+from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.tasks import load_task
+
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_dataset(ours: SteeringArguments, script: Any, training: Any, mixture: Any, model: str) -> Any:
+    """The splits to train and evaluate on, as a `DatasetDict`.
+
+    Raises:
+        ArgumentError: They cannot be had, or a split is not there.
+    """
+    splits = _load(ours, script, mixture)
+    needed = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
+    for name in needed:
+        if name not in splits:
+            raise ArgumentError(
+                f"The data set gives {', '.join(map(str, splits))} and no {name}. Name another copy with "
+                "--dataset_name or --dataset_config, or another split with --dataset_train_split or "
+                "--dataset_test_split."
+            )
+    if not ours.train_end_token:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        splits = splits.map(
+            lambda row: without_end_token(row, tokenizer), remove_columns=splits[needed[0]].column_names
+        )
+    return splits
+
+
+def _load(ours: SteeringArguments, script: Any, mixture: Any) -> Any:
+    import datasets
+    from trl import get_dataset
+
+    try:
+        if ours.task:
+            return load_task_rows(ours, script.dataset_name, script.dataset_config)
+        if mixture.datasets:
+            return get_dataset(mixture)
+        name, streaming = script.dataset_name, script.dataset_streaming
+        reader = _READERS.get(Path(name).suffix.lower())
+        if reader is not None and Path(name).is_file():
+            rows = datasets.load_dataset(reader, data_files=name, split="train", streaming=streaming)
+            return datasets.DatasetDict({"train": rows})
+        return datasets.load_dataset(name, name=script.dataset_config, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        what = f"--task {ours.task}" if ours.task else "The data set"
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        notes = getattr(error, "__notes__", [])
+        raise ArgumentError(" ".join([f"{what}: {cause or error}", *notes])) from error
+
+
+def load_task_rows(ours: SteeringArguments, dataset_path: str | None, config: str | None) -> Any:
+    """The splits of `--task`, its first rows only where `--task_rows` says so."""
+    given = {"dataset_path": dataset_path, "config": config}
+    source = {key: value for key, value in given.items() if value is not None}
+    splits = load_task(str(ours.task), ours.task_splits, conversational=ours.task_conversational, **source)
+    if ours.task_rows is None:
+        return splits
+    return type(splits)({name: rows.select(range(min(ours.task_rows, len(rows)))) for name, rows in splits.items()})
+
+
+def without_end_token(row: dict, tokenizer: Any) -> dict[str, list[int]]:
+    """A prompt-completion example in TRL's tokenized form, without the end-of-text token that TRL would add."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+    if tokenizer.eos_token_id is not None and whole and whole[-1] == tokenizer.eos_token_id:
+        whole = whole[:-1]
+    return {"input_ids": whole, "completion_mask": [0] * len(prompt) + [1] * (len(whole) - len(prompt))}

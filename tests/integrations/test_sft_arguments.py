@@ -1,0 +1,160 @@
+"""The arguments of `trl-steer sft`: read once, checked before anything heavy is imported, and helped with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trl_steer.integrations
+from trl_steer.integrations.trl import sft
+from trl_steer.integrations.trl.arguments import read
+from trl_steer.integrations.trl.checks import check_places
+from trl_steer.integrations.trl.known import ArgumentError
+
+RECIPES = Path(trl_steer.integrations.__path__[0], "trl", "recipes")
+NOTHING_HEAVY = (
+    "import sys; from trl_steer.cli import main\n"
+    "status = main(sys.argv[1:])\n"
+    "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'lm_eval'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+    "sys.exit(status)\n"
+)
+
+
+def run_light(*argv, cwd=None):
+    """The command in a process of its own, in which nothing heavy may be imported."""
+    return subprocess.run([sys.executable, "-c", NOTHING_HEAVY, *argv], capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_shows_what_is_used_and_imports_nothing_heavy():
+    ran = run_light("sft", "--help")
+    assert ran.returncode == 0, ran.stderr
+    for shown in ("--method", "--preset", "--steering_r", "learning_rate 0.002", "vector", "0.01", "steering_overlap"):
+        assert shown in ran.stdout
+    assert "--gradient_accumulation_steps" in ran.stdout  # TRL's
+
+
+def test_help_of_joint_shows_the_rates_of_joint():
+    ran = run_light("joint", "--help")
+    assert "(default: joint_orth)" in ran.stdout
+    assert "learning_rate 0.001, steering_learning_rate 0.002" in ran.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "no_model").mkdir()
+    (tmp_path / "broken.yaml").write_text("method: low_rank\n  learning_rate: [\n")
+    (tmp_path / "list.yaml").write_text("- method\n")
+    (tmp_path / "mistyped.yaml").write_text("methd: vector\n")
+    (tmp_path / "words.yaml").write_text("steering_r: many\n")
+    (tmp_path / "good.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
+    (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
+    (tmp_path / "columns.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "mixture.yaml").write_text("datasets:\n- path: json\n  data_files: absent.jsonl\n")
+    (tmp_path / "a_file").write_text("")
+    return tmp_path
+
+
+GOOD = ["--model_name_or_path", "model", "--output_dir", "out", "--dataset_name", "good.jsonl"]
+WRONG = {
+    "unknown argument": (["--learning_rat", "1"], ["--learning_rat", "did you mean learning_rate?"]),
+    "unknown method": (["--method", "lowrank"], ["lowrank", "low_rank, vector"]),
+    "unknown preset": (["--preset", "papr"], ["papr", "paper"]),
+    "word for a number": (["--learning_rate", "fast"], ["learning_rate must be a number", "fast"]),
+    "word for one of ours": (["--steering_r", "many"], ["steering_r must be an integer", "many"]),
+    "no truth value": (["--bf16", "maybe"], ["bf16 must be true or false"]),
+    "one word too many": (["vector"], ["dataset_name takes one value, got good.jsonl vector"]),
+    "absent config": (["--config", "absent.yaml"], ["absent.yaml cannot be read"]),
+    "broken config": (["--config", "broken.yaml"], ["broken.yaml, line 2"]),
+    "config without names": (["--config", "list.yaml"], ["list.yaml must hold names and values"]),
+    "mistyped config": (["--config", "mistyped.yaml"], ["mistyped.yaml", "methd", "did you mean method?"]),
+    "wrong value in config": (["--config", "words.yaml"], ["steering_r must be an integer"]),
+    "unknown task": (["--task", "booq"], ["no task named 'booq'", "boolq"]),
+    "no such model": (["--model_name_or_path", "./nowhere"], ["./nowhere", "no such folder"]),
+    "folder without a model": (["--model_name_or_path", "no_model"], ["no config.json"]),
+    "no such data": (["--dataset_name", "absent.jsonl"], ["absent.jsonl", "no such file"]),
+    "malformed data": (["--dataset_name", "malformed.jsonl"], ["malformed.jsonl, line 2", "no JSON"]),
+    "other columns": (["--dataset_name", "columns.jsonl"], ["columns.jsonl, line 1", "`prompt`", "question, answer"]),
+    "no rows": (["--dataset_name", "empty.jsonl"], ["empty.jsonl holds no rows"]),
+    "absent file of a mixture": (["--config", "mixture.yaml"], ["no file absent.jsonl"]),
+    "output in a file": (["--output_dir", "a_file/out"], ["--output_dir a_file/out cannot be made"]),
+    "rows": (["--task_rows", "0"], ["at least 1, got 0"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_told_before_anything_heavy_is_imported(case, folder):
+    argv, said = WRONG[case]
+    ran = run_light("sft", *GOOD, *argv, cwd=folder)
+    assert ran.returncode == 2, ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    for text in said:
+        assert text in ran.stderr
+    assert ran.stderr.startswith("trl-steer sft: error: ")
+
+
+@pytest.mark.parametrize("missing", ["--model_name_or_path", "--dataset_name"])
+def test_what_is_missing_is_told(missing, folder):
+    index = GOOD.index(missing)
+    ran = run_light("sft", *GOOD[:index], *GOOD[index + 2 :], cwd=folder)
+    assert ran.returncode == 2
+    assert missing in ran.stderr
+
+
+def dry_run(*argv) -> dict:
+    ran = run_light("sft", *argv, "--dry-run")
+    assert ran.returncode == 0, ran.stderr
+    return yaml.safe_load(ran.stdout)
+
+
+def test_dry_run_shows_the_settings_and_what_of_them_is_guessed():
+    shown = dry_run("--preset", "paper", "--method", "low_rank", "--task", "gsm8k")
+    assert (shown["learning_rate"], shown["num_train_epochs"], shown["steering_r"]) == (2e-3, 3.0, 8)
+    assert "grid" in shown["guessed"]["learning_rate"]
+    given = dry_run("--preset", "paper", "--task", "gsm8k", "--learning_rate", "3e-4")
+    assert given["learning_rate"] == 3e-4
+    assert "learning_rate" not in given["guessed"]
+
+
+def test_the_command_line_goes_before_the_config_file_and_both_before_the_preset(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"method": "vector", "learning_rate": 0.25}))
+    argv = ["--config", str(tmp_path / "recipe.yaml")]
+    assert (dry_run(*argv)["method"], dry_run(*argv)["learning_rate"]) == ("vector", 0.25)
+    assert dry_run(*argv, "--learning_rate", "0.125")["learning_rate"] == 0.125
+    assert dry_run("--method", "vector")["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe, tmp_path):
+    argv = ["--config", str(recipe), "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    request = read(argv)
+    parsed, options = sft.parse(request, argv)
+    assert not options
+    assert parsed[1].learning_rate == float(yaml.safe_load(recipe.read_text())["learning_rate"])
+
+
+def test_every_argument_of_steering_reaches_the_configuration():
+    argv = [
+        *("--steering_r", "4", "--steering_activation", "silu", "--steering_scaling", "0.5"),
+        *("--steering_dropout", "0.1", "--steering_init_scale", "0.01", "--steering_layers", "0", "2"),
+    ]
+    config = sft.peft_config(read(argv), None)
+    assert (config.steering_type, config.r, config.activation) == ("low_rank", 4, "silu")
+    assert (config.scaling, config.dropout, config.init_scale) == (0.5, 0.1, 0.01)
+    assert config.layers_to_transform == [0, 2]
+    sublayer = sft.peft_config(read(["--method", "sublayer", "--site", "pre_mlp", "--steering_type", "vector"]), None)
+    assert (sublayer.site, sublayer.steering_type) == ("pre_mlp", "vector")
+
+
+def test_json_lines_are_checked_to_the_last(tmp_path):
+    good = json.dumps({"text": "a"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(good * 2000 + "nonsense\n")
+    argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", "some/model"]
+    with pytest.raises(ArgumentError, match="line 2001"):
+        check_places(read(argv).given)

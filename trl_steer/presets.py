@@ -1,0 +1,173 @@
+"""Settings by name: one table of what `trl-steer sft`, `trl-steer joint`, the demo and study files train with.
+
+- `default`: what works best on what was measured here, the demo's task.
+- `paper`: the text of arXiv 2603.00425, appendix F. Its tables of learning rates and some other numbers are lost in
+  the published text; what stands in for them is marked as guessed.
+- `steerling`: the defaults of the code that the authors released, its way of projecting included.
+
+Settings are named as the command-line arguments are: those of TRL's configurations, and ours for the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+PRESETS = {
+    "default": "what works best on the demo's task",
+    "paper": "the setup in the paper's appendix F, with guesses for what its text lost",
+    "steerling": "the defaults of the authors' released code, their projection schedule included",
+}
+METHODS = {
+    "low_rank": "low-rank post-block steering",
+    "vector": "one steering vector per block",
+    "sublayer": "steering inside of the blocks, at --site",
+    "lora": "LoRA on all linear layers of the blocks",
+    "joint": "LoRA and post-block steering trained together",
+    "joint_orth": "the same, in orthogonal output subspaces",
+    "full": "full fine-tuning, without an adapter",
+}
+STEERING_TYPES = ("low_rank", "vector")
+JOINT = ("joint", "joint_orth")
+
+# The linear layers that the authors' code adapts: all of a Llama block.
+SEVEN_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_GRID = "the paper's grid of rates is lost; this is the middle of the grid in an earlier write-up by its authors"
+_WARMUP = "the paper's warm-up share is lost; this is that of the authors' code"
+_LORA = "the paper does not give LoRA's alpha and targets; these are those of the authors' code"
+
+
+class Settings(NamedTuple):
+    """
+    What a preset sets for one method and task.
+
+    Attributes:
+        values (`dict[str, Any]`): By the name of the command-line argument.
+        guessed (`dict[str, str]`): Why, for each of these that the preset's source does not give.
+    """
+
+    values: dict[str, Any]
+    guessed: dict[str, str]
+
+
+def settings(preset: str, method: str, task: str | None = None, steering_type: str = "low_rank") -> Settings:
+    """
+    The settings of a preset.
+
+    Args:
+        preset (`str`): One of [`PRESETS`].
+        method (`str`): One of [`METHODS`].
+        task (`str`, *optional*): Name of a benchmark, which decides the number of epochs and the length of examples.
+        steering_type (`str`, defaults to `"low_rank"`):
+            For `method="sublayer"`, and for the steering half of joint training.
+
+    Raises:
+        ValueError: There is no such preset, method or type.
+    """
+    for name, value, known in (
+        ("preset", preset, PRESETS),
+        ("method", method, METHODS),
+        ("steering_type", steering_type, STEERING_TYPES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}.")
+    if method in STEERING_TYPES:
+        steering_type = method
+    found = {"default": _default, "paper": _paper, "steerling": _steerling}[preset](method, task, steering_type)
+    return Settings({"optim": "adamw_torch_fused", "weight_decay": 0.0, **found.values}, found.guessed)
+
+
+def _epochs(task: str | None) -> dict[str, Any]:
+    """Without a task, TRL's default stays."""
+    if task is None:
+        return {}
+    return {"num_train_epochs": {"gsm8k": 3.0, "alpaca": 3.0}.get(task, 1.0)}
+
+
+def _default(method: str, task: str | None, steering_type: str) -> Settings:
+    steering = {"low_rank": 2e-3, "vector": 1e-2}[steering_type]
+    lora = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+    rates: Mapping[str, dict[str, Any]] = {
+        "lora": {"learning_rate": 1e-3, **lora},
+        "joint": {"learning_rate": 1e-3, "steering_learning_rate": steering, **lora},
+        "full": {"learning_rate": 1e-4},
+    }
+    values = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "per_device_train_batch_size": 4,
+        **_epochs(task),
+        **rates.get("joint" if method in JOINT else method, {"learning_rate": steering}),
+    }
+    if method not in ("lora", "full"):
+        values["steering_init_scale"] = 1.0
+    return Settings(values, {})
+
+
+def _paper(method: str, task: str | None, steering_type: str) -> Settings:
+    values: dict[str, Any] = {"per_device_train_batch_size": 8, **_epochs(task)}
+    guessed = {"learning_rate": _GRID}
+    if method in ("lora", "full"):
+        values |= {"learning_rate": {"lora": 3e-4, "full": 2e-5}[method]}
+        values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.03}
+        guessed["warmup_steps"] = _WARMUP
+    elif method in JOINT:
+        values |= {"learning_rate": 2e-4, "steering_learning_rate": 2e-4}
+        values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.06, "steering_init_scale": 1e-3}
+        told = "the paper does not give it for joint training; this is that of the authors' code"
+        guessed = dict.fromkeys(("learning_rate", "steering_learning_rate", "lr_scheduler_type", "warmup_steps"), told)
+    else:
+        values |= {"learning_rate": {"low_rank": 2e-3, "vector": 5e-3}[steering_type]}
+        values |= {"lr_scheduler_type": "constant", "warmup_steps": 0.0, "steering_init_scale": 1e-3}
+        if steering_type == "vector":
+            guessed["learning_rate"] = "the paper's grid is lost, and shifted up for vectors; this is its upper end"
+    if method not in ("lora", "full"):
+        guessed["steering_init_scale"] = "the paper does not give it; this is that of the authors' code"
+    if method in ("lora", *JOINT):
+        values |= {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": SEVEN_MODULES}
+        guessed |= dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), _LORA)
+    if task == "alpaca":
+        values |= {"max_length": 512, "gradient_accumulation_steps": 2}
+        if method not in ("lora", "full", *JOINT):
+            values |= {"learning_rate": 2e-3, "steering_r": 16}
+            guessed.pop("learning_rate")
+    return Settings(values, guessed)
+
+
+def _steerling(method: str, task: str | None, steering_type: str) -> Settings:
+    values: dict[str, Any] = {
+        "learning_rate": 9e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.03,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        **_epochs(task),
+        "max_length": 512 if task in ("aqua", "listops", "alpaca") else 256,
+        "bf16": False,
+        "fp16": False,
+        "train_end_token": False,
+    }
+    guessed: dict[str, str] = {}
+    if task == "alpaca":
+        values |= {"lr_scheduler_type": "cosine", "bf16": True}
+    elif task is not None:
+        values["task_splits"] = "steerling"
+    if method in JOINT:
+        values |= {"learning_rate": 2e-4, "steering_learning_rate": 2e-4}
+        values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
+    if method == "joint_orth":
+        values |= {
+            "orthogonal_side": "input",
+            "orthogonal_every": 100,
+            "orthogonal_before_step": True,
+            "orthogonal_at_end": False,
+            "orthogonal_gradients": False,
+            "orthogonal_norms": False,
+        }
+    if method in ("lora", *JOINT):
+        values |= {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": SEVEN_MODULES}
+    if method not in ("lora", "full"):
+        values |= {"steering_init_scale": 1e-3}
+    if method in ("lora", "full"):
+        guessed["learning_rate"] = "the code's default is made for steering"
+    return Settings(values, guessed)
