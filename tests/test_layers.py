@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from checkout import copy_checkout
+from checkout import CHECKOUT, copy_checkout
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ IN_A_FUNCTION = "def planted():\n    "
         ),
         ("trl_steer/cli.py", IN_A_FUNCTION + "import trl_steer.demo.run", "trl_steer.cli -> trl_steer.demo.run"),
         ("trl_steer/tuners/__init__.py", "from trl_steer import JointOrthSFTConfig", "trl_steer.tuners -> trl_steer "),
+        (
+            "trl_steer/tuners/steering/layer.py",
+            IN_A_FUNCTION + "from ..post_block_steering import LowRankAdapter",
+            "trl_steer.tuners.steering.layer -> trl_steer.tuners.post_block_steering",
+        ),
+        (
+            "trl_steer/tuners/post_block_steering/layer.py",
+            "from ..sublayer_steering import SublayerSteeringLayer",
+            "trl_steer.tuners.post_block_steering.layer -> trl_steer.tuners.sublayer_steering",
+        ),
         ("trl_steer/statistics.py", "from .files import read_json", "trl_steer.statistics -> trl_steer.files"),
         (
             "integrations/lm_eval/launcher.py",
@@ -80,3 +90,13 @@ def test_a_module_that_was_given_no_place_is_found_and_named(source):
         path.unlink()
     assert status == 1, output
     assert "newcomer" in output
+
+
+def test_the_core_names_no_tuner():
+    tuners = CHECKOUT / "trl_steer" / "tuners"
+    names = {folder.name for folder in tuners.iterdir() if (folder / "model.py").is_file()} - {"steering"}
+    assert {"post_block_steering", "sublayer_steering", "joint_steering"} <= names
+    words = re.compile("|".join([*names, "lora", "joint"]), re.IGNORECASE)
+    files = list((tuners / "steering").rglob("*.py"))
+    assert (tuners / "steering" / "layer.py") in files
+    assert not {file.name: found for file in files if (found := words.findall(file.read_text(encoding="utf-8")))}
