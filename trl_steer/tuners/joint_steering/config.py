@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..post_block_steering.config import PostBlockSteeringConfig
+from ..steering.card import DescribesItself
 
 # Fields of the steering half that say where and how to steer. The rest (`modules_to_save`, the base model, ...) is of
 # the adapter as a whole and stays at the top level.
@@ -21,7 +22,7 @@ STEERING_FIELDS = tuple(
 
 
 @dataclass
-class JointSteeringConfig(LoraConfig):
+class JointSteeringConfig(DescribesItself, LoraConfig):
     """
     Configuration of a [`JointSteeringModel`]: LoRA on the linear layers inside the blocks and post-block steering on
     the blocks, trained together.
@@ -99,6 +100,10 @@ class JointSteeringConfig(LoraConfig):
         """The steering half as a configuration of its own, for the same base model and task."""
         shared = {f.name: getattr(self, f.name) for f in fields(PeftConfig) if f.init and f.name != "peft_type"}
         return PostBlockSteeringConfig(**shared, **self.steering)
+
+    def card_facts(self) -> dict[str, Any]:
+        steering = {f"steering: {name}": value for name, value in self.steering_config().card_facts().items()}
+        return {"LoRA: rank": self.r, "LoRA: alpha": self.lora_alpha, **steering}
 
     def lora_config(self) -> LoraConfig:
         """The LoRA half as a configuration of its own, which loads without this package."""

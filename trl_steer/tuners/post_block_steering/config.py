@@ -77,6 +77,11 @@ class AdditiveSteeringConfig(SteeringConfig):
                         f"bottleneck. Leave {name} at {default!r} or use steering_type='low_rank'."
                     )
 
+    def card_facts(self):
+        is_low_rank = self.steering_type == "low_rank"
+        update = {"update": self.steering_type.replace("_", " "), "rank": self.r if is_low_rank else None}
+        return {**update, "activation": self.activation, **super().card_facts()}
+
     def _check_activation(self) -> None:
         known = isinstance(self.activation, str) and self.activation in ACT2FN
         if self.activation is not None and (not known or self.activation in _PARAMETRIC_ACTIVATIONS):

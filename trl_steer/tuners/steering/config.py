@@ -8,9 +8,11 @@ from typing import Any
 
 from peft.config import PeftConfig
 
+from .card import DescribesItself
+
 
 @dataclass
-class SteeringConfig(PeftConfig):
+class SteeringConfig(DescribesItself, PeftConfig):
     r"""
     Base class of the configurations of steering tuners. A tuner adds `site`, as a field or as a class attribute, and
     the fields of its own update.
@@ -86,6 +88,18 @@ class SteeringConfig(PeftConfig):
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
         self._check_layers()
+
+    def card_facts(self) -> dict[str, Any]:
+        """See [`DescribesItself`]."""
+        layers = self.layers_to_transform
+        return {
+            "site": self.site,
+            "blocks": None
+            if layers is None
+            else ", ".join(map(str, layers if isinstance(layers, list) else [layers])),
+            "scaling": None if self.scaling == 1 else self.scaling,
+            "model type": self.base_model_type,
+        }
 
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):

@@ -1,0 +1,96 @@
+"""The model card of an adapter says what it is and how to load it, whoever saves it."""
+
+import pytest
+import yaml
+from model_zoo import tiny_model
+from peft import get_peft_model, inject_adapter_in_model
+from trl_cases import make_trainer
+
+from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def text_of(folder) -> str:
+    return (folder / "README.md").read_text()
+
+
+def metadata(folder) -> dict:
+    return yaml.safe_load(text_of(folder).split("---")[1])
+
+
+def saved(config, folder, name=BASE):
+    model = get_peft_model(tiny_model(), config)
+    config.base_model_name_or_path = name
+    model.save_pretrained(folder)
+    return model
+
+
+def assert_useful(folder):
+    text = text_of(folder)
+    assert "[More Information Needed]" not in text
+    assert "None" not in text
+    assert str(folder) not in text
+    assert "pip install trl-steer" in text
+    assert "PeftModel.from_pretrained" in text
+    assert "2603.00425" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            PostBlockSteeringConfig(r=3, activation="silu"),
+            ["post_block", "| rank | 3 |", "| activation | silu |", "576"],
+        ),
+        (PostBlockSteeringConfig(steering_type="vector"), ["| update | vector |", "| parameters | 96 |"]),
+        (
+            SublayerSteeringConfig(site="pre_mlp", layers_to_transform=[0, 2]),
+            ["| site | pre_mlp |", "| blocks | 0, 2 |"],
+        ),
+        (JointSteeringConfig(r=4, steering={"r": 2}), ["| LoRA: rank | 4 |", "| steering: rank | 2 |"]),
+    ],
+    ids=["low rank", "vector", "sublayer", "joint"],
+)
+def test_card_says_method_site_rank_parameters_and_base(config, said, tmp_path):
+    saved(config, tmp_path)
+    assert_useful(tmp_path)
+    for line in [*said, f"https://huggingface.co/{BASE}", f'from_pretrained("{BASE}")']:
+        assert line in text_of(tmp_path)
+    assert metadata(tmp_path)["base_model"] == BASE
+    assert metadata(tmp_path)["library_name"] == "peft"
+    method = config.peft_type.value.lower().replace("_", "-")
+    assert {"trl-steer", "activation-steering", method} <= set(metadata(tmp_path)["tags"])
+
+
+def test_folder_of_the_base_on_this_machine_is_not_told(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    saved(PostBlockSteeringConfig(), tmp_path / "adapter", str(tmp_path / "base"))
+    assert_useful(tmp_path / "adapter")
+    assert str(tmp_path) not in text_of(tmp_path / "adapter")
+    assert "base_model" not in metadata(tmp_path / "adapter")
+
+
+def test_what_somebody_has_written_stays_and_saving_again_adds_nothing(tmp_path):
+    model = saved(PostBlockSteeringConfig(r=3), tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\nTrained on my own poems.\n")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert text_of(tmp_path).count("Trained on my own poems.") == 1
+    assert text_of(tmp_path).count("## Use") == 1
+
+
+def test_every_way_to_save_writes_it(tmp_path):
+    trainer = make_trainer(
+        "sft", tmp_path / "trainer", peft_config=PostBlockSteeringConfig(r=3), max_steps=1, bf16=False
+    )
+    trainer.train()
+    trainer.save_model()
+    assert_useful(tmp_path / "trainer")
+    model = inject_adapter_in_model(PostBlockSteeringConfig(r=3, task_type="CAUSAL_LM"), tiny_model())
+    model._hf_peft_config_loaded = True  # what transformers' own `add_adapter` sets
+    model.save_pretrained(tmp_path / "transformers")
+    assert_useful(tmp_path / "transformers")
+    PostBlockSteeringConfig(r=3).save_pretrained(str(tmp_path / "config"))
+    assert_useful(tmp_path / "config")

@@ -1,0 +1,127 @@
+"""The model card of an adapter folder: what it is, and how to load it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+_BEGIN, _END = "<!-- adapter: begin -->", "<!-- adapter: end -->"
+# What marks a card as a template that nobody has filled in.
+_EMPTY = "[More Information Needed]"
+_PAPER = "https://arxiv.org/abs/2603.00425"
+_CITATION = """```bibtex
+@article{adila2026weight,
+  title   = {Weight Updates as Activation Shifts: A Principled Framework for Steering},
+  author  = {Adila, Dyah and Cooper, John and Yun, Alexander and Trost, Avi and Sala, Frederic},
+  journal = {arXiv preprint arXiv:2603.00425},
+  year    = {2026}
+}
+```"""
+
+
+class DescribesItself:
+    """Mixin for configurations. PEFT, TRL and transformers save the configuration of an adapter last, so saving it
+    also writes the folder's model card."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in [`~peft.PeftConfig`]. A card that somebody has written is kept, with a section about the adapter."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        write_card(self, Path(save_directory))
+
+    def card_facts(self) -> dict[str, Any]:
+        """What the card says of the adapter: a name and a value for each line; those that are `None` are left out."""
+        raise NotImplementedError
+
+
+def write_card(config: Any, folder: Path) -> None:
+    """Writes or completes the `README.md` of an adapter folder.
+
+    Args:
+        config ([`~peft.PeftConfig`]): The adapter's configuration, with `card_facts`.
+        folder (`Path`): The folder, with the weights in it if they are to be counted.
+    """
+    path = folder / "README.md"
+    card: Any = _read(path)
+    method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    base = _public(config.base_model_name_or_path)
+    card.data.library_name = "peft"
+    card.data.base_model = base
+    kept = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:") or _public(tag.split(":")[-1])]
+    card.data.tags = sorted({*kept, method.replace("_", "-"), "activation-steering", "trl-steer"})
+    section = "\n".join([_BEGIN, *_section(config, method, base, _parameters(folder)), _END])
+    before, begin, rest = card.text.partition(_BEGIN)
+    if begin:
+        card.text = before + section + rest.partition(_END)[2]
+    elif _EMPTY in card.text or not card.text.strip():
+        card.text = section + "\n"
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    card.save(path)
+
+
+def _read(path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except Exception:  # there is none, or it is none
+        return ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+
+
+def _section(config: Any, method: str, base: str | None, parameters: int | None) -> list[str]:
+    name = method.replace("_", " ")
+    facts: Mapping[str, Any] = {
+        "base model": f"[{base}](https://huggingface.co/{base})" if base else None,
+        **config.card_facts(),
+        "parameters": None if parameters is None else f"{parameters:,}",
+    }
+    load = base or "BASE_MODEL"
+    return [
+        f"# {name[0].upper()}{name[1:]} adapter",
+        "",
+        f"A [PEFT](https://github.com/huggingface/peft) adapter made with `trl_steer`, after [the paper]({_PAPER}).",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in facts.items() if value is not None),
+        "",
+        "## Use",
+        "",
+        "```bash",
+        "pip install trl-steer",
+        "```",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{load}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{load}")',
+        'model = PeftModel.from_pretrained(base, "FOLDER_OR_HUB_ID_OF_THIS_ADAPTER")',
+        "```",
+        "",
+        "## Citation",
+        "",
+        _CITATION,
+    ]
+
+
+def _public(base: Any) -> str | None:
+    """The base model's Hub id; `None` for a folder on the machine that trained, which means nothing elsewhere."""
+    name = str(base or "")
+    is_local = os.path.exists(name) or name.startswith((".", "/", "~", "\\")) or name.count("/") != 1
+    return None if not name or is_local else name
+
+
+def _parameters(folder: Path) -> int | None:
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 - not a dictionary
+    except (OSError, SafetensorError):
+        return None
+    return sum(math.prod(size) for size in sizes)
