@@ -16,8 +16,8 @@ COMMANDS = {
         "trl_steer.integrations.trl.sft:joint",
         "sft --method joint_orth: LoRA and steering together",
     ),
-    "split": ("trl_steer.tuners.joint_steering.commands:split", "write the two halves of a joint adapter"),
-    "join": ("trl_steer.tuners.joint_steering.commands:join", "join a LoRA and a steering adapter into one"),
+    "split": ("trl_steer.adapter_commands:split", "write the two halves of a joint adapter"),
+    "join": ("trl_steer.adapter_commands:join", "join a LoRA and a steering adapter into one"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
     "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters registered"),
 }

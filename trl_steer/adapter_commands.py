@@ -1,11 +1,12 @@
-"""`trl-steer split` and `trl-steer join`."""
+"""`trl-steer split` and `trl-steer join`: the two halves of a joint adapter.
+
+PEFT is imported once the arguments are known to be good, so that `--help` and mistakes answer at once.
+"""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from .folders import join_adapters, split_adapter
 
 
 def split(argv: Sequence[str] | None = None, prog: str = "trl-steer split") -> int:
@@ -15,7 +16,13 @@ def split(argv: Sequence[str] | None = None, prog: str = "trl-steer split") -> i
     parser.add_argument("--lora", type=Path, required=True, metavar="OUT", help="folder for the LoRA half")
     parser.add_argument("--steering", type=Path, required=True, metavar="OUT", help="folder for the steering half")
     args = parser.parse_args(argv)
-    return _run(prog, lambda: split_adapter(args.folder, args.lora, args.steering))
+
+    def action() -> None:
+        from trl_steer.tuners.joint_steering.folders import split_adapter
+
+        split_adapter(args.folder, args.lora, args.steering)
+
+    return _run(prog, action)
 
 
 def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int:
@@ -25,7 +32,13 @@ def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int
     parser.add_argument("--steering", required=True, metavar="FOLDER", help="folder or Hub id of the steering adapter")
     parser.add_argument("folder", type=Path, help="folder for the joint adapter")
     args = parser.parse_args(argv)
-    return _run(prog, lambda: join_adapters(args.lora, args.steering, args.folder))
+
+    def action() -> None:
+        from trl_steer.tuners.joint_steering.folders import join_adapters
+
+        join_adapters(args.lora, args.steering, args.folder)
+
+    return _run(prog, action)
 
 
 def _run(prog: str, action: Callable[[], None]) -> int:
