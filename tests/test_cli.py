@@ -35,11 +35,12 @@ def test_unknown_command_exits_with_2_and_names_the_known_ones(capsys):
     assert "demo" in said
 
 
-@pytest.mark.parametrize("command", ["demo", "sft"])
-def test_help_of_a_command_is_that_of_its_own_parser(command, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main([command, "--help"])
-    assert f"usage: trl-steer {command}" in capsys.readouterr().out
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"lm-eval"}))
+def test_help_of_a_command_is_that_of_its_own_parser(command):
+    shown = subprocess.run(
+        [sys.executable, "-m", "trl_steer.cli", command, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.startswith(f"usage: trl-steer {command}")
 
 
 def test_lm_eval_gets_its_arguments_unchanged(capsys):
