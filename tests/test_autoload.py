@@ -287,6 +287,25 @@ def test_broken_package_breaks_peft_not_even_where_warnings_are_errors(damage):
     assert "trl_steer could not register its PEFT types" in ran.stderr
 
 
+@pytest.mark.parametrize("name", ["trl_steer.py", "trl_steer/notes.txt"])
+def test_what_has_our_name_in_the_working_directory_is_not_run(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("print('run')\nimport peft\n")
+    command = [sys.executable, "-c", "import peft; print('went on')"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "went on\n"
+    if file.suffix == ".py":
+        assert "trl_steer.py" in result.stderr  # found in place of the package, and said
+
+
+def test_script_with_our_name_runs_once(tmp_path):
+    script = tmp_path / "trl_steer.py"
+    script.write_text("print('run')\nimport peft\n")
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "run\n"
+
+
 def test_bare_interpreter_imports_nothing_of_ours():
     # an editable install has a finder of setuptools' own
     result = run_python("import sys; print([n for n in sys.modules if n.startswith('trl')])", "-X", "importtime")

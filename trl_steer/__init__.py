@@ -5,25 +5,26 @@ as soon as `peft` is there, so that `import trl_steer` is enough for `PeftModel.
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING
 
 from trl_steer import autoload
 
-if TYPE_CHECKING:
-    from trl_steer.trainers import JointOrthSFTConfig, JointOrthSFTTrainer
-    from trl_steer.tuners.joint_steering import JointSteeringConfig, JointSteeringModel
-    from trl_steer.tuners.post_block_steering import PostBlockSteeringConfig, PostBlockSteeringModel
-    from trl_steer.tuners.steering import adapter_scaling, hotswap_adapter, set_scaling, steering_operator
-    from trl_steer.tuners.sublayer_steering import SublayerSteeringConfig, SublayerSteeringModel
+if TYPE_CHECKING:  # more than there is, but the type of each name
+    from trl_steer.trainers import *
+    from trl_steer.tuners.joint_steering import *
+    from trl_steer.tuners.post_block_steering import *
+    from trl_steer.tuners.steering import *
+    from trl_steer.tuners.sublayer_steering import *
 
-__version__ = importlib.metadata.version("trl-steer")
+    __version__: str
 
+# Name -> where it lives.
 _PUBLIC = {
     "JointOrthSFTConfig": "trl_steer.trainers",
     "JointOrthSFTTrainer": "trl_steer.trainers",
     "JointSteeringConfig": "trl_steer.tuners.joint_steering",
     "JointSteeringModel": "trl_steer.tuners.joint_steering",
+    "OrthogonalityConstraint": "trl_steer.tuners.joint_steering",
     "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
     "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
     "SublayerSteeringConfig": "trl_steer.tuners.sublayer_steering",
@@ -34,21 +35,7 @@ _PUBLIC = {
     "steering_operator": "trl_steer.tuners.steering",
 }
 
-__all__ = [
-    "JointOrthSFTConfig",
-    "JointOrthSFTTrainer",
-    "JointSteeringConfig",
-    "JointSteeringModel",
-    "PostBlockSteeringConfig",
-    "PostBlockSteeringModel",
-    "SublayerSteeringConfig",
-    "SublayerSteeringModel",
-    "__version__",
-    "adapter_scaling",
-    "hotswap_adapter",
-    "set_scaling",
-    "steering_operator",
-]
+__all__ = ["__version__", *_PUBLIC]
 
 autoload.install()
 
@@ -56,8 +43,19 @@ autoload.install()
 def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("trl-steer")
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        return "0+unknown"

@@ -18,9 +18,7 @@ def install() -> None:
     if _is_imported("peft"):
         register()
     else:
-        import trl_steer_autoload
-
-        trl_steer_autoload.asked_for = True
+        _finder().asked_for = True
 
 
 def register() -> None:
@@ -33,12 +31,18 @@ def register() -> None:
         # Another thread is importing our tuners, and waits for PEFT, which this one is importing. It will register.
         if type(error).__name__ == "_DeadlockError":
             return
-        import trl_steer_autoload
-
-        trl_steer_autoload.say(
+        _finder().say(
             f"trl_steer could not register its PEFT types ({type(error).__name__}: {error}); adapters of these types "
             "will not load. Set TRL_STEER_NO_AUTOLOAD=1 to silence this."
         )
+
+
+def _finder():
+    try:
+        import trl_steer_autoload
+    except ModuleNotFoundError:  # not installed: a checkout on PYTHONPATH
+        from trl_steer.site_packages import trl_steer_autoload
+    return trl_steer_autoload
 
 
 def _is_imported(name: str) -> bool:

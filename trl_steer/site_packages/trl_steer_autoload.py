@@ -67,6 +67,13 @@ def _register():
     if not asked_for and os.environ.get("TRL_STEER_NO_AUTOLOAD") == "1":
         return
     try:
+        from importlib.util import find_spec as find
+
+        # Finding runs nothing: a user's own `trl_steer.py` in the working directory is none of our business.
+        spec = find("trl_steer")
+        if spec is None or not os.path.isfile(f"{os.path.dirname(spec.origin or '')}/autoload.py"):
+            found = (spec and (spec.origin or spec.submodule_search_locations)) or "nothing"
+            raise ImportError(f"`import trl_steer` should find the installed package, and finds {found}")
         from trl_steer.autoload import register
     except Exception as error:
         say(f"trl_steer could not register its PEFT types: {error!r}")
