@@ -188,6 +188,15 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
         is_lora = (".lora_A." in key or ".lora_B." in key) and key.endswith(".weight")
         return is_lora or super()._is_matrix(config, key)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(config.layer_replication for config in self.peft_config.values()):
+            # PEFT means to, but looks for it among the names of the adapters.
+            raise ValueError(
+                "Adapters cannot be merged into replicated blocks (`layer_replication`), which share their weights. "
+                "Keep the adapter instead (`save_pretrained`)."
+            )
+
     # Several adapters
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="cat", *args, **kwargs) -> None:
