@@ -30,7 +30,7 @@ from .matching import BlockMatcher, check_hidden_size, text_config
 from .merging import merge as merge_steering
 from .merging import merge_others
 from .rows import adapters_by_row
-from .saving import gather_auxiliary_tensors, gather_tensors
+from .saving import check_leaves, gather_auxiliary_tensors, gather_tensors
 
 
 class SteeringTuner(BaseTuner):
@@ -192,6 +192,9 @@ class SteeringTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
+        place = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}.{adapter_name}."
+        check_leaves(adapter_name, tensors, place, layer_cls.adapter_class(steering).shapes(steering, 1))
         gather_auxiliary_tensors(model, adapter_name, state_dict)
         return gather_tensors(adapter_name, tensors, lambda key: cls._is_matrix(config, key))
 
