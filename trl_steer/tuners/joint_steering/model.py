@@ -11,6 +11,7 @@ from peft.utils import PeftType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
@@ -109,6 +110,14 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
         )
         marker = f".{cls.steering_layer_cls.layer_name}."
         return converted | {key: tensor for key, tensor in output_state_dict.items() if marker in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # Of experts' layers that transformers 5 has fused, a folder that was joined may have the tensors of before.
+        lora = {key: tensor for key, tensor in state_dict.items() if cls.steering_layer_cls.layer_name not in key}
+        converted = convert_peft_adapter_state_dict_for_transformers(model, cls._as_lora(config), lora, adapter_name)
+        others = {key: tensor for key, tensor in state_dict.items() if key not in lora}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**others, **converted})
 
     # Injection
 
