@@ -44,6 +44,8 @@ class OrthogonalityConstraint:
         modules: list[str] | None = None,
         norms: bool = True,
     ):
+        if side not in ("output", "input"):
+            raise ValueError(f"side must be 'output' or 'input', got {side!r}.")
         self.model, self.adapter_name, self.side = model, adapter_name, side
         self.pairs = find_pairs(model, adapter_name, modules, norms)
         if side == "input" and any(not hasattr(pair.steering.adapters[adapter_name], "down") for pair in self.pairs):
@@ -96,4 +98,11 @@ class OrthogonalityConstraint:
             if isinstance(module, FSDPModule):
                 module.reshard()
         name = self.adapter_name
-        return [(pair.output_matrices(name), pair.steering_matrix(name, self.side)) for pair in self.pairs]
+        matrices = [(pair.output_matrices(name), pair.steering_matrix(name, self.side)) for pair in self.pairs]
+        for pair, (_, weight) in zip(self.pairs, matrices, strict=True):
+            if not isinstance(weight, nn.Parameter):
+                raise ValueError(
+                    f"The steering weight of {pair.name} is computed from others (pruning or a parametrization), so "
+                    "projecting it would change nothing. Remove these, or set orthogonal=False."
+                )
+        return matrices

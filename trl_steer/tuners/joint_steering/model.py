@@ -11,6 +11,7 @@ from peft.utils import PeftType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
@@ -110,6 +111,14 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
         marker = f".{cls.steering_layer_cls.layer_name}."
         return converted | {key: tensor for key, tensor in output_state_dict.items() if marker in key}
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # Of experts' layers that transformers 5 has fused, a folder that was joined may have the tensors of before.
+        lora = {key: tensor for key, tensor in state_dict.items() if cls.steering_layer_cls.layer_name not in key}
+        converted = convert_peft_adapter_state_dict_for_transformers(model, cls._as_lora(config), lora, adapter_name)
+        others = {key: tensor for key, tensor in state_dict.items() if key not in lora}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, {**others, **converted})
+
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -187,6 +196,15 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
     def _is_matrix(cls, config: Any, key: str) -> bool:
         is_lora = (".lora_A." in key or ".lora_B." in key) and key.endswith(".weight")
         return is_lora or super()._is_matrix(config, key)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(config.layer_replication for config in self.peft_config.values()):
+            # PEFT means to, but looks for it among the names of the adapters.
+            raise ValueError(
+                "Adapters cannot be merged into replicated blocks (`layer_replication`), which share their weights. "
+                "Keep the adapter instead (`save_pretrained`)."
+            )
 
     # Several adapters
 

@@ -125,6 +125,10 @@ class SteeringAdapter(nn.Module):
         """Writes the exact sum of `(weight, adapter)` pairs into this adapter, whose own strength is 1."""
         raise NotImplementedError
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in none of the contexts that the original is in."""
+        return {**self.__dict__, "contexts": 0}
+
     def is_offloaded(self) -> bool:
         """Whether some of the weights are on the meta device, to be brought by a hook when they are needed."""
         return any(parameter.is_meta for parameter in self.parameters())

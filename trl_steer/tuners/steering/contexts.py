@@ -34,6 +34,10 @@ class ContextStack(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return (entry.value for entry in reversed(self._entries.get()) if entry.is_open)
 
+    def has(self, entry: Entry[T]) -> bool:
+        """Whether a value has been added here and is still in force."""
+        return entry.is_open and any(entry is other for other in self._entries.get())
+
     def innermost(self) -> Entry[T] | None:
         """The value in force, if there is one."""
         return next((entry for entry in reversed(self._entries.get()) if entry.is_open), None)

@@ -90,6 +90,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
     layer_name: ClassVar[str]
     adapter_layer_names: tuple[str, ...] = ("steering_adapter",)
     other_param_names: tuple[str, ...] = ()
+    # PEFT's `disable_input_dtype_casting` turns this off for all tuners. Here the hidden state keeps its dtype anyway.
+    cast_input_dtype_enabled: bool = True
 
     def __init__(self, block: nn.Module, config: Any):
         super().__init__()

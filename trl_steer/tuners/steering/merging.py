@@ -12,24 +12,24 @@ and once merged, and looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import AffineUpdate
-from .matching import text_config
-from .sites import BlockAnatomy, Site, get_hidden, replace_hidden
+from .probing import Call, base_model, block_calls, readers, with_update
+from .sites import BlockAnatomy, Site, get_hidden
 
 # How far the merged block may be from the hooked one, relative to its output: rounding only.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 5e-2
-_PROBE_TOKENS = 32
 
 _ADVICE = (
     "Keep it as an adapter: save it with `save_pretrained` and load it with `PeftModel.from_pretrained`. Engines that "
@@ -46,13 +46,6 @@ class MergedTensor(NamedTuple):
     after: torch.Tensor
 
 
-class Call(NamedTuple):
-    """How the model calls a block."""
-
-    args: tuple
-    kwargs: dict
-
-
 def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """Merges adapters (the active ones by default) into linear layers of the base model.
 
@@ -65,14 +58,17 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
             raise ValueError(f"There is no adapter {name!r} to merge; this model has {sorted(tuner.peft_config)}.")
     layers = {name: layer for name, layer in tuner.named_steering_layers() if set(names) & set(layer.adapters)}
     updates = {name: _updates(layer, names) for name, layer in layers.items()}
+    shared = _shared_parameters(tuner.model)
     done: list[tuple[Any, MergedTensor]] = []
     try:
-        with _base_model(tuner.model, layers):
-            calls = _calls(tuner.model, layers)
+        with base_model(tuner.model, layers):
+            calls = block_calls(tuner.model, layers)
             for name, layer in layers.items():
                 for site_name, update in updates[name].items():
                     site = layer.anatomy.site(site_name)
                     for merged in _plan(name, layer.anatomy, site, update, calls[name]):
+                        if id(merged.parameter) in shared:
+                            raise ValueError(_cannot(name, "into weights that it shares with other layers"))
                         if safe_merge and not torch.isfinite(merged.after).all():
                             raise ValueError(
                                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
@@ -98,6 +94,39 @@ def unmerge(layer: Any) -> None:
         parameter.data = before if torch.equal(now, after) else now - (after - before)
     layer.merged_tensors.clear()
     layer.merged_adapters.clear()
+
+
+def merge_others(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Merges what is in the other layers with adapters, as [`~peft.tuners.tuners_utils.BaseTuner.merge_adapter`] does.
+    A layer that raises, perhaps in the middle, is left as it was."""
+    for layer in tuner.model.modules():
+        if isinstance(layer, BaseTunerLayer) and not hasattr(layer, "merged_tensors"):
+            with onload_layer(layer), _restored_on_failure(layer):
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+
+@contextmanager
+def _restored_on_failure(layer: Any) -> Iterator[None]:
+    base, merged = layer.get_base_layer(), list(layer.merged_adapters)
+    before = [
+        (module, name, parameter, parameter.data.clone())
+        for module in base.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, name, parameter, value in before:
+            parameter.data.copy_(value)
+            module._parameters[name] = parameter  # quantized weights are replaced as a whole
+        layer.merged_adapters[:] = merged
+        raise
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in counts.items() if count > 1}
 
 
 def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
@@ -142,7 +171,7 @@ def _plan(name: str, anatomy: BlockAnatomy, site: Site, update: AffineUpdate, ca
     probe = _random_like(update, get_hidden(anatomy.block(*call.args, **call.kwargs)).double().std())
     with _swapped([m for linear, _ in linears for m in _merged(linear, site, probe)]):
         merged = get_hidden(anatomy.block(*call.args, **call.kwargs)).double()
-    hooked = _with_update(anatomy, site, probe, call)
+    hooked = with_update(anatomy, site, probe, call)
     tolerance = _TOLERANCE.get(linears[0][0].weight.dtype, _TOLERANCE_16_BIT)
     if not (merged - hooked).abs().max() <= tolerance * hooked.abs().max():
         raise ValueError(
@@ -159,39 +188,13 @@ def _linears_at(name: str, anatomy: BlockAnatomy, site: Site, call: Call) -> lis
     """The linear layers that take the hidden state of an input site, or the one that returns an output site's."""
     linears = anatomy.linear_layers()
     if site.is_input:
-        found = _readers(anatomy, site, linears, call)
+        found = readers(anatomy, site, linears, call)
     else:
         last = anatomy.attention_output() if site.name == "post_attn" else anatomy.mlp_output()
         found = [last] if last is not None else []
     if not found:
         raise ValueError(_cannot(name, f"at {site.name}: no linear layer of its own was found there"))
     return [(linears[linear], linear) for linear in found]
-
-
-def _readers(anatomy: BlockAnatomy, site: Site, linears: dict[str, Any], call: Call) -> list[str]:
-    """Linear layers of a block that take the very tensor that enters the module of a site, or a view of it."""
-    entered: list[torch.Tensor] = []
-    found: list[str] = []
-
-    def enter(module, args, kwargs):
-        entered.append(get_hidden(args or kwargs))
-
-    def read(name):
-        def hook(module, args):
-            if entered and args[0].data_ptr() == entered[-1].data_ptr() and args[0].numel() == entered[-1].numel():
-                found.append(name)
-
-        return hook
-
-    target = anatomy.block.get_submodule(site.module)
-    handles = [target.register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [linear.register_forward_pre_hook(read(name)) for name, linear in linears.items()]
-    try:
-        anatomy.block(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _check_can_take(
@@ -262,81 +265,12 @@ def _swapped(tensors: list[MergedTensor]) -> Iterator[None]:
             parameter.data = before
 
 
-def _with_update(anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> torch.Tensor:
-    """Output of a block in float64 with an update applied by a hook at a site."""
-
-    def steered(hidden: torch.Tensor) -> torch.Tensor:
-        h = hidden.double()
-        left, right, offset = update
-        if left is not None and right is not None:
-            h = h + h @ right.mT @ left.mT
-        return (h if offset is None else h + offset).to(hidden.dtype)
-
-    def on_input(module, args, kwargs):
-        if args:
-            return (steered(args[0]), *args[1:]), kwargs
-        return args, replace_hidden(kwargs, steered(get_hidden(kwargs)))
-
-    def on_output(module, args, output):
-        return replace_hidden(output, steered(get_hidden(output)))
-
-    module = anatomy.block.get_submodule(site.module)
-    handle = (
-        module.register_forward_pre_hook(on_input, with_kwargs=True)
-        if site.is_input
-        else module.register_forward_hook(on_output)
-    )
-    try:
-        return get_hidden(anatomy.block(*call.args, **call.kwargs)).double()
-    finally:
-        handle.remove()
-
-
 def _random_like(update: AffineUpdate, scale: torch.Tensor) -> AffineUpdate:
     """A random update of the same form, about as large as the hidden state, whose standard deviation is `scale`."""
     left, right, offset = (None if part is None else torch.randn_like(part) for part in update)
     if left is not None and right is not None:
         left, right = left / len(left) ** 0.5, right / len(right) ** 0.5
     return AffineUpdate(left, right, None if offset is None else offset * scale.to(offset.device))
-
-
-@contextmanager
-def _base_model(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
-    """The model in evaluation mode and without the adapters of `layers`."""
-    was_training = model.training
-    enabled = [layer for layer in layers.values() if not layer.disable_adapters]
-    try:
-        model.eval()
-        for layer in enabled:
-            layer._disable_adapters = True  # without the side effects of `enable_adapters` on gradients
-        yield
-    finally:
-        for layer in enabled:
-            layer._disable_adapters = False
-        model.train(was_training)
-
-
-@torch.no_grad()
-def _calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
-    """How the model calls each block on a prompt, without adapters."""
-    calls: dict[str, Call] = {}
-    handles = [
-        layer.get_base_layer().register_forward_pre_hook(_remember(calls, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    embeddings = model.get_input_embeddings()
-    count = min(_PROBE_TOKENS, getattr(text_config(model), "max_position_embeddings", None) or _PROBE_TOKENS)
-    tokens = torch.arange(count, device=embeddings.weight.device).remainder(embeddings.num_embeddings)
-    try:
-        model(input_ids=tokens[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _remember(calls: dict[str, Call], name: str) -> Callable:
-    return lambda module, args, kwargs: calls.__setitem__(name, Call(args, kwargs))
 
 
 def _cannot(layer_name: str, why: str, what_to_do: str = "") -> str:

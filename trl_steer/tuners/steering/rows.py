@@ -61,9 +61,11 @@ def adapters_by_row(
         _NAMES.reset(token)
 
 
-def _pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _pass_names(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
     rows = _NAMES.get()
-    if rows is None:  # another thread, which has not asked for names
+    # In another thread, which has not asked for names, or just as another one removes this hook: PyTorch then calls it
+    # without the keywords. The hooks of this thread pass them.
+    if rows is None or kwargs is None:
         return None
     return args, {**kwargs, "adapter_names": rows.for_rows(len(args[0]), args[0].dim() == 2)}
 

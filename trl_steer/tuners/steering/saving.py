@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -47,6 +47,28 @@ def gather_tensors(
             + f"\n{_ADVICE}"
         )
     return whole
+
+
+def check_leaves(adapter_name: str, tensors: Iterable[str], place: str, leaves: Collection[str]) -> None:
+    """Makes sure that an adapter's own tensors are what is saved, and nothing that they are computed from.
+
+    Args:
+        adapter_name (`str`): The adapter that is about to be saved.
+        tensors (`Iterable[str]`): Keys of all of its tensors.
+        place (`str`): What stands in a key before the name of a tensor of the adapter.
+        leaves (`Collection[str]`): Names of these tensors.
+
+    Raises:
+        ValueError: There are others in their places, as pruning and parametrizations put there.
+    """
+    strays = [key for key in tensors if place in key and key.partition(place)[2] not in leaves]
+    if strays:
+        raise ValueError(
+            f"Adapter {adapter_name!r} was not saved, since its weights are computed from others (pruning or a "
+            f"parametrization), which an adapter folder has no place for: {', '.join(strays[:4])}. Make them "
+            "permanent first, with `torch.nn.utils.prune.remove` or "
+            "`torch.nn.utils.parametrize.remove_parametrizations`."
+        )
 
 
 def gather_auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

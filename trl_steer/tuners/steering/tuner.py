@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -27,8 +28,9 @@ from .loading import (
 )
 from .matching import BlockMatcher, check_hidden_size, text_config
 from .merging import merge as merge_steering
+from .merging import merge_others
 from .rows import adapters_by_row
-from .saving import gather_auxiliary_tensors, gather_tensors
+from .saving import check_leaves, gather_auxiliary_tensors, gather_tensors
 
 
 class SteeringTuner(BaseTuner):
@@ -190,6 +192,9 @@ class SteeringTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
+        place = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}.{adapter_name}."
+        check_leaves(adapter_name, tensors, place, layer_cls.adapter_class(steering).shapes(steering, 1))
         gather_auxiliary_tensors(model, adapter_name, state_dict)
         return gather_tensors(adapter_name, tensors, lambda key: cls._is_matrix(config, key))
 
@@ -272,11 +277,13 @@ class SteeringTuner(BaseTuner):
         each tensor that it changes, so that unmerging gives back the same bits.
 
         Raises:
-            ValueError: That is not possible. The message says why and what to do instead; nothing has changed.
+            ValueError: That is not possible. The message says why and what to do instead; nothing has changed. After
+                an error from another layer, no adapter is merged.
         """
+        self._check_merge_allowed()
         merge_steering(self, adapter_names, safe_merge)
         try:
-            super().merge_adapter(adapter_names, safe_merge)
+            merge_others(self, adapter_names, safe_merge)
         except BaseException:
             self.unmerge_adapter()
             raise
@@ -296,7 +303,7 @@ class SteeringTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            merge_steering(self, adapter_names, safe_merge)
+            self.merge_adapter(adapter_names, safe_merge)  # all of it, before the first layer is taken out
         else:
             self.unmerge_adapter()
             for module in self.model.modules():
@@ -304,7 +311,9 @@ class SteeringTuner(BaseTuner):
                     module.set_adapter([])  # PEFT would put the trained copy in the place of the original
         for _, layer in self.named_steering_layers():
             layer.remove()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):

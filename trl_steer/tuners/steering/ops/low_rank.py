@@ -81,7 +81,11 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
         return self
 
     def __exit__(self, *exc_info):
-        self._blocks.remove(self._entries.pop())
+        # The innermost of this thread or task: others may have entered the same object. A generator that another task
+        # closes has none there.
+        own = next((entry for entry in reversed(self._entries) if self._blocks.has(entry)), self._entries[-1])
+        self._entries.remove(own)
+        self._blocks.remove(own)
 
     @classmethod
     def current(cls) -> str:

@@ -1,0 +1,119 @@
+"""Running single blocks of a model, to see what an update at a site does there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .adapter import AffineUpdate
+from .matching import text_config
+from .sites import BlockAnatomy, Site, get_hidden, replace_hidden
+
+_PROBE_TOKENS = 32
+
+
+class Call(NamedTuple):
+    """How the model calls a block."""
+
+    args: tuple
+    kwargs: dict
+
+
+@contextmanager
+def base_model(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
+    """The model in evaluation mode and without the adapters of `layers`."""
+    modes = [(module, module.training) for module in model.modules()]
+    enabled = [layer for layer in layers.values() if not layer.disable_adapters]
+    try:
+        model.eval()
+        for layer in enabled:
+            layer._disable_adapters = True  # without the side effects of `enable_adapters` on gradients
+        yield
+    finally:
+        for layer in enabled:
+            layer._disable_adapters = False
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
+    """How the model calls each block on a prompt, without adapters."""
+    found: dict[str, Call] = {}
+    handles = [
+        layer.get_base_layer().register_forward_pre_hook(_remember(found, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    embeddings = model.get_input_embeddings()
+    count = min(_PROBE_TOKENS, getattr(text_config(model), "max_position_embeddings", None) or _PROBE_TOKENS)
+    tokens = torch.arange(count, device=embeddings.weight.device).remainder(len(embeddings.weight))
+    try:
+        model(input_ids=tokens[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _remember(found: dict[str, Call], name: str) -> Callable:
+    return lambda module, args, kwargs: found.__setitem__(name, Call(args, kwargs))
+
+
+def readers(anatomy: BlockAnatomy, site: Site, linears: dict[str, Any], call: Call) -> list[str]:
+    """Linear layers of a block that take the very tensor that enters the module of a site, or a view of it."""
+    entered: list[torch.Tensor] = []
+    found: list[str] = []
+
+    def enter(module, args, kwargs):
+        entered.append(get_hidden(args or kwargs))
+
+    def read(name):
+        def hook(module, args):
+            if entered and args[0].data_ptr() == entered[-1].data_ptr() and args[0].numel() == entered[-1].numel():
+                found.append(name)
+
+        return hook
+
+    target = anatomy.block.get_submodule(site.module)
+    handles = [target.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [linear.register_forward_pre_hook(read(name)) for name, linear in linears.items()]
+    try:
+        anatomy.block(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def with_update(anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> torch.Tensor:
+    """Output of a block in float64 with an update applied by a hook at a site."""
+
+    def steered(hidden: torch.Tensor) -> torch.Tensor:
+        h = hidden.double()
+        left, right, offset = update
+        if left is not None and right is not None:
+            h = h + h @ right.mT @ left.mT
+        return (h if offset is None else h + offset).to(hidden.dtype)
+
+    def on_input(module, args, kwargs):
+        if args:
+            return (steered(args[0]), *args[1:]), kwargs
+        return args, replace_hidden(kwargs, steered(get_hidden(kwargs)))
+
+    def on_output(module, args, output):
+        return replace_hidden(output, steered(get_hidden(output)))
+
+    module = anatomy.block.get_submodule(site.module)
+    handle = (
+        module.register_forward_pre_hook(on_input, with_kwargs=True)
+        if site.is_input
+        else module.register_forward_hook(on_output)
+    )
+    try:
+        return get_hidden(anatomy.block(*call.args, **call.kwargs)).double()
+    finally:
+        handle.remove()
