@@ -9,7 +9,6 @@ import pytest
 import torch
 from model_zoo import HIDDEN_SIZE, tiny_inputs, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from steering_cases import (
     adapters_of,
@@ -162,8 +161,7 @@ def test_no_way_of_loading_lets_a_broken_file_change_anything(
         truncate(folder)
     else:
         edit_weights(folder, BROKEN[problem][0])
-    error = SafetensorError if problem == "truncated" else ValueError
-    assert_refused(folder, error=error, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=is_trainable)
+    assert_refused(folder, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=is_trainable)
 
 
 def test_wrong_rank_is_refused_with_both_shapes(folders, tmp_path):
@@ -344,7 +342,7 @@ def test_a_broken_folder_leaves_no_empty_token_rows_behind(problem, family, tmp_
         edit_weights(broken, lambda tensors: tensors.pop(next(key for key in tensors if "trainable_tokens" in key)))
     base = tiny_model(family)
     before = logits(base)
-    with pytest.raises((ValueError, SafetensorError, KeyError)):
+    with pytest.raises(ValueError, match=r"cannot be read|NaN|is missing"):
         PeftModel.from_pretrained(base, broken, low_cpu_mem_usage=True)
     assert torch.equal(logits(base), before)
     loaded = PeftModel.from_pretrained(base, tmp_path / "good", low_cpu_mem_usage=True)

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...files import new_folders
@@ -106,10 +105,7 @@ def _load(path: str | Path, kind: Any) -> Adapter:
     config: Any = folder.config
     if type(config) is not kind:
         raise ValueError(f"{path} holds a {type(config).__name__}, a {kind.__name__} is expected.")
-    try:
-        return Adapter(config, folder.tensors())
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    return Adapter(config, folder.tensors())
 
 
 def _check(path: str | Path, adapter: Adapter) -> None:

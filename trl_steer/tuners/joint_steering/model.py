@@ -18,6 +18,8 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from ..post_block_steering import PostBlockSteeringConfig
+from ..steering.folder import PREFIX
+from ..steering.loading import Load
 from ..steering.matching import block_index, find_blocks
 from ..steering.sites import linear_layers
 from ..steering.sums import check_summable, summed_config, write_sums
@@ -173,22 +175,36 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
             return []
         return [linear.weight for linear in linear_layers(self.model).values()]
 
-    def _check_header(self, config: JointSteeringConfig, adapter_name: str, header: dict[str, torch.Tensor]) -> None:
-        """Also that the ranks of the LoRA half are those of the configuration, before memory is taken for them."""
-        if not config.layer_replication:  # otherwise the blocks are not there yet
-            super()._check_header(config, adapter_name, header)
-        if config.use_bdlora or config.use_qalora or config.target_parameters:
-            return  # whose matrices have other shapes
-        for key, tensor in header.items():
-            module, _, matrix = key.removeprefix("base_model.model.").partition(".lora_")
-            ranks: dict = config.rank_pattern or {}
-            r = ranks.get(get_pattern_key(list(ranks), module), config.r)
-            found = {"A.weight": tensor.shape[:1], "B.weight": tensor.shape[1:2]}.get(matrix)
-            if found is not None and tuple(found) != (r,):
-                raise ValueError(
-                    f"The weights of adapter {adapter_name!r} do not fit, so nothing was loaded: {key} has shape "
-                    f"{tuple(tensor.shape)}, and the configuration says rank {r}."
-                )
+    def _check_header(self, config: JointSteeringConfig, load: Load) -> None:
+        super()._check_header(config, load)
+        if config.use_dora and load.by_transformers:
+            raise ValueError(
+                "The `load_adapter` of transformers drops the magnitudes of DoRA (use_dora=True). Load this adapter "
+                "with `PeftModel.from_pretrained`."
+            )
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if self.load is not None and not self._matcher(peft_config).is_block(current_key):
+            # A trained parameter has no module of its own, so its matrices may be anywhere.
+            self._check_rank(peft_config, current_key, "" if parameter_name else f"{current_key}.", self.load)
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name
+        )
+
+    def _check_rank(self, config: JointSteeringConfig, target: str, place: str, load: Load) -> None:
+        """Makes sure that the file has matrices of the rank that a target of LoRA is about to get, before memory is
+        taken for them. Whatever variants of LoRA make of the shapes, one size is a multiple of the rank."""
+        ranks: dict = config.rank_pattern or {}
+        r = ranks.get(get_pattern_key(list(ranks), target), config.r)
+        header = load.header.items()
+        matrices = {k: tuple(t.shape) for k, t in header if k.startswith(f"{PREFIX}{place}") and ".lora_" in k}
+        if r > 0 and not any(size % r == 0 for shape in matrices.values() for size in shape):
+            raise ValueError(
+                f"The weights do not fit, so nothing was loaded: the configuration says rank {r} for {target}, and "
+                f"the file has {matrices or 'nothing'} there."
+            )
 
     # Saving
 

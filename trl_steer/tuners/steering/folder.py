@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class AdapterFolder:
         kwargs = dict(self.download_kwargs)
         try:
             return PeftConfig.from_pretrained(self.path, **kwargs)
-        except (KeyError, TypeError, OSError, UnicodeDecodeError) as error:
+        except Exception as error:  # the file may hold anything, and PEFT trusts it
             raise ValueError(
                 f"{CONFIG_NAME} in {self.path} cannot be read: {type(error).__name__}: {error}"
             ) from error
@@ -95,7 +96,7 @@ class AdapterFolder:
         """All tensors by name as empty ones on the meta device, of the shape and dtype that the file's header says.
 
         Raises:
-            SafetensorError: The file cannot be read.
+            ValueError: The file cannot be read.
         """
         with self._opened() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
@@ -108,16 +109,18 @@ class AdapterFolder:
         """All tensors by name, on the CPU.
 
         Raises:
-            SafetensorError: The file cannot be read.
+            ValueError: The file cannot be read.
         """
         with self._opened() as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
 
-    def _opened(self) -> Any:
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
-            return safe_open(self.weights, framework="pt")
+            with safe_open(self.weights, framework="pt") as file:
+                yield file
         except (SafetensorError, OSError) as error:
-            raise SafetensorError(f"{self.weights} cannot be read, it may have been cut off: {error}") from error
+            raise ValueError(f"{self.weights} cannot be read, it may have been cut off: {error}") from error
 
 
 def check_without_model(layer_cls: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:

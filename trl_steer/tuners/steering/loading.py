@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
+from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .folder import PREFIX, AdapterFolder
-from .layer import SteeringLayer
 from .matching import text_config
 from .saving import auxiliary_keys
 
@@ -38,18 +35,23 @@ _LOADERS = {
     ("transformers.integrations.peft", "load_adapter"): "peft_model_id",
 }
 
+_COLLECTIONS = (dict, OrderedDict, list, set)
 
-class Load(NamedTuple):
+
+@dataclass
+class Load:
     """
     The load that an injection is part of.
 
     Attributes:
         folder ([`AdapterFolder`]): Where the weights are going to be read from.
         key_mapping (`dict[str, str]`): Regular expressions that PEFT is going to apply to the keys.
+        by_transformers (`bool`): Whether transformers is going to read the weights, and not PEFT.
     """
 
     folder: AdapterFolder
     key_mapping: Mapping[str, str]
+    by_transformers: bool
 
     @classmethod
     def in_progress(cls) -> Load | None:
@@ -61,7 +63,8 @@ class Load(NamedTuple):
         """
         frame: Any = sys._getframe(1)
         while frame is not None:
-            variable = _LOADERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
+            module = frame.f_globals.get("__name__", "")
+            variable = _LOADERS.get((module, frame.f_code.co_name))
             values = frame.f_locals
             if variable is not None and values.get(variable) is not None:
                 if values.get("adapter_state_dict") is not None:
@@ -75,12 +78,23 @@ class Load(NamedTuple):
                 device = {**(values.get("kwargs") or {}), **values}.get("torch_device")
                 if device is not None:
                     torch.empty(0, device=device)  # raises what PEFT would, but in time
-                return cls(AdapterFolder.open(values[variable], **kwargs), values.get("key_mapping") or {})
+                if getattr(load_config, "use_safetensors", None) is False:
+                    raise ValueError("Weights are read as safetensors only; leave out `use_safetensors=False`.")
+                folder = AdapterFolder.open(values[variable], **kwargs)
+                return cls(folder, values.get("key_mapping") or {}, module.startswith("transformers."))
             frame = frame.f_back
         return None
 
-    def renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors under the keys that PEFT makes of those of the file."""
+    @cached_property
+    def header(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file as empty ones, under the keys that PEFT makes of those of the file."""
+        return self._renamed(self.folder.header())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file under the same keys."""
+        return self._renamed(self.folder.tensors())
+
+    def _renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {self._renamed_key(key): tensor for key, tensor in tensors.items()}
 
     def _renamed_key(self, key: str) -> str:
@@ -172,7 +186,13 @@ def check_adapter_tensors(
 
 def model_keys(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a file under the keys that they have without a `PeftModel` around the model, those of modules that
-    are trained in full and of trained tokens with the adapter's name, as PEFT does before it asks a tuner."""
+    are trained in full and of trained tokens with the adapter's name, as PEFT does before it asks a tuner.
+
+    Raises:
+        ValueError: Keys have no prefix, and would get one from no one.
+    """
+    strays = {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
+    _raise_if_any([f"{key} {_problem(tensor, None)}" for key, tensor in strays.items()], adapter_name)
     renamed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -192,7 +212,7 @@ def restored_on_failure(tuner: Any, adapter_name: str, rewritten: Collection[tor
         rewritten (`Collection[torch.Tensor]`): Weights of the base model that the injection changes, to be kept.
     """
     model = tuner.model
-    parts = {module: (dict(module._modules), dict(module._parameters)) for module in model.modules()}
+    attributes = [_Attributes(owner) for owner in (*model.modules(), tuner, tuner.peft_config[adapter_name])]
     flags = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in rewritten]
     configs = {id(config): config for config in (getattr(model, "config", None), text_config(model)) if config}
@@ -202,11 +222,8 @@ def restored_on_failure(tuner: Any, adapter_name: str, rewritten: Collection[tor
     try:
         yield
     except BaseException:
-        _drop(model, adapter_name, set(parts), tuner.active_adapters)
-        for module, (children, parameters) in parts.items():
-            for live, before in ((module._modules, children), (module._parameters, parameters)):
-                live.clear()
-                live.update(before)
+        for owned in attributes:
+            owned.restore()
         for parameter, requires_grad, data in flags:
             parameter.data = data
             parameter.requires_grad_(requires_grad)
@@ -219,18 +236,21 @@ def restored_on_failure(tuner: Any, adapter_name: str, rewritten: Collection[tor
         raise
 
 
-def _drop(model: nn.Module, adapter_name: str, before: set[nn.Module], active_adapters: list[str]) -> None:
-    for module in list(model.modules()):
-        if module not in before:
-            if isinstance(module, SteeringLayer):
-                module.remove()
-        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    module.delete_adapter(adapter_name, new_active_adapters=active_adapters)
-                elif adapter_name in module._all_available_adapter_names():
-                    module.delete_adapter(adapter_name)
+class _Attributes:
+    """The attributes of an object, with what is in those that are collections: a module's children, parameters and
+    hooks are, and so is all that PEFT's layers know of their adapters."""
+
+    def __init__(self, owner: Any):
+        self.owner, self.values = owner, dict(vars(owner))
+        self.contents = [(value, type(value)(value)) for value in self.values.values() if type(value) in _COLLECTIONS]
+
+    def restore(self) -> None:
+        attributes = vars(self.owner)
+        attributes.clear()
+        attributes.update(self.values)
+        for collection, content in self.contents:
+            collection.clear()
+            (collection.extend if isinstance(collection, list) else collection.update)(content)
 
 
 def keep_until_dispatched(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -40,9 +40,11 @@ class SteeringTuner(BaseTuner):
 
     Attributes:
         steering_layer_cls (`type[SteeringLayer]`): The layer of this tuner.
+        load ([`Load`], *optional*): The load that is in progress, during an injection.
     """
 
     steering_layer_cls: type[SteeringLayer]
+    load: Load | None = None
     model: nn.Module
     peft_config: dict[str, Any]
 
@@ -85,6 +87,8 @@ class SteeringTuner(BaseTuner):
         check_hidden_size(model)
         self._matchers.clear()
         self._matcher(peft_config)
+        if self.load is not None:
+            self._check_header(peft_config, self.load)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         steered = self._matcher(peft_config)(key)
@@ -127,22 +131,22 @@ class SteeringTuner(BaseTuner):
             marker = f".{self.steering_layer_cls.layer_name}.{self.prefix}"
             state_dict = {k.removeprefix(PREFIX).replace(marker, f".{self.prefix}"): t for k, t in state_dict.items()}
         with restored_on_failure(self, adapter_name, self._rewritten_weights(config)):
-            load = Load.in_progress()
-            if load is not None:
+            self.load = Load.in_progress()
+            if self.load is not None:
                 check_base_model_type(config, model, self.steering_config(config).base_model_type)
-                self._check_header(config, adapter_name, load.renamed(load.folder.header()))
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            if load is not None:
-                tensors = load.renamed(load.folder.tensors())
-                self.check_tensors(model, config, adapter_name, tensors)
+            if self.load is not None:
+                self.check_tensors(model, config, adapter_name, self.load.tensors())
+            self.load = None
         self.update_steering_config(config, base_model_type=getattr(text_config(model), "model_type", None))
 
     def _rewritten_weights(self, config: Any) -> list[torch.Tensor]:
         """Weights of the base model that the injection of an adapter changes."""
         return []
 
-    def _check_header(self, config: Any, adapter_name: str, header: dict[str, torch.Tensor]) -> None:
-        """Makes sure that the file has just the steering tensors that the configuration would create."""
+    def _check_header(self, config: Any, load: Load) -> None:
+        """Makes sure that the file has just the steering tensors that the configuration would create, before memory
+        is taken for them."""
         if any(name.startswith("_orig_mod.") for name, _ in self.model.named_modules()):
             return  # PEFT keeps the names of compiled models apart; what is created is checked afterwards
         steering, layer_cls = self.steering_config(config), self.steering_layer_cls
@@ -152,7 +156,8 @@ class SteeringTuner(BaseTuner):
             width = self._new_layer(self.model.get_submodule(block)).anatomy.site(steering.site).width
             for leaf, shape in layer_cls.adapter_class(steering).shapes(steering, width).items():
                 expected[f"{PREFIX}{block}.{container}.{leaf}"] = torch.empty(shape, device="meta")
-        check_header(adapter_name, expected, {k: t for k, t in header.items() if f".{container}." in k})
+        adapter_name = next(name for name, known in self.peft_config.items() if known is config)
+        check_header(adapter_name, expected, {k: t for k, t in load.header.items() if f".{container}." in k})
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

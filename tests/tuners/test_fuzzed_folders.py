@@ -1,0 +1,218 @@
+"""Folders broken at random. A refused load leaves nothing behind; one that succeeds has exactly the file's values."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from fuzzed_folders import (
+    CASES,
+    CONFIG,
+    WEIGHTS,
+    adapted_model,
+    anatomy,
+    base_model,
+    broken_copy,
+    differences,
+    wrong_values,
+)
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from trl_steer import hotswap_adapter
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A good folder of each case, made when it is asked for."""
+    root = tmp_path_factory.mktemp("good")
+
+    def folder(case):
+        if not (root / case).exists():
+            adapted_model(case, seed=3).save_pretrained(root / case)
+        return root / case
+
+    return folder
+
+
+@contextmanager
+def a_minute_at_most():
+    """Nothing in a folder may be waited for."""
+
+    def give_up(*_):
+        raise AssertionError("a minute has passed")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_ours(folder) -> bool:
+    """Whether the configuration is for one of our tuners. PEFT's own make no such promise."""
+    try:
+        return not (folder / CONFIG).is_file() or json.loads((folder / CONFIG).read_text())["peft_type"] != "LORA"
+    except Exception:
+        return True
+
+
+def load(way, model, folder, rng):
+    """Loads `folder`; returns the model with the adapter and the adapter's name."""
+    kwargs = {"low_cpu_mem_usage": rng.random() < 0.5, "is_trainable": rng.random() < 0.5}
+    if way == "first":
+        return PeftModel.from_pretrained(model, folder, **kwargs), "default"
+    if way == "second":
+        model.load_adapter(folder, "second", **kwargs)
+        return model, "second"
+    if way == "transformers":
+        model.load_adapter(str(folder), **kwargs)
+    else:
+        hotswap_adapter(model, folder)
+    return model, "default"
+
+
+def check(seeds, good, folder):
+    models, refusals = {}, []
+    for seed in seeds:
+        rng = random.Random(seed)
+        case = rng.choice(sorted(CASES))
+        what = f"seed {seed}, {case}: {broken_copy(good(case), folder, rng)}"
+        if not is_ours(folder):
+            continue
+        way = rng.choice(["first", "second", "transformers", "swap"])
+        make = base_model if way in ("first", "transformers") else adapted_model
+        model = models.pop((make, case), None) or make(case)
+        before = anatomy(model)
+        try:
+            with a_minute_at_most():
+                loaded, name = load(way, model, folder, rng)
+        except Exception as error:
+            assert not differences(before, anatomy(model)), f"{what}, {way} left something behind"
+            refusals.append((what, way, error))
+            models[make, case] = model
+        else:
+            assert not wrong_values(loaded, folder, name), f"{what}, {way} loaded something else"
+    swaps = [(what, error) for what, way, error in refusals if way == "swap"]
+    assert swaps
+    unclear = [swap for swap in swaps if type(swap[1]) is not ValueError or str(folder) not in str(swap[1])]
+    assert not unclear
+
+
+@pytest.mark.parametrize("first", range(0, 160, 40))
+def test_no_broken_folder_leaves_anything_behind(first, good, tmp_path):
+    check(range(first, first + 40), good, tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 200))
+def test_none_of_many_broken_folders_leaves_anything_behind(first, good, tmp_path):
+    check(range(first, first + 200), good, tmp_path / "broken")
+
+
+# Kinds of mistakes that random ones have found
+
+
+def edited(folder, good, config=None, tensors=None):
+    shutil.copytree(good, folder)
+    values = json.loads((folder / CONFIG).read_text())
+    for name, value in (config or {}).items():
+        part, _, field = name.rpartition(".")
+        (values[part] if part else values)[field] = value
+    (folder / CONFIG).write_text(json.dumps(values))
+    if tensors is not None:
+        save_file(tensors(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    return folder
+
+
+def assert_refused(case, folder, match, **kwargs):
+    model = base_model(case)
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=match):
+        PeftModel.from_pretrained(model, folder, **kwargs)
+    assert not differences(before, anatomy(model))
+    model = adapted_model(case)
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=match):
+        model.load_adapter(folder, "second", **kwargs)
+    assert not differences(before, anatomy(model))
+
+
+REPLICATION = {"layer_replication": [[0, 2], [1, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        ("low rank", {"r": 3000000}),
+        ("pre_mlp", {"r": 3000000}),
+        ("joint", {"r": 3000000}),
+        ("joint", {"steering.r": 3000000}),
+        ("joint", {"steering.r": 3000000, **REPLICATION}),
+        ("joint", {"r": 3000000, **REPLICATION}),
+        ("joint", {"r": 3000000, "use_qalora": True, "qalora_group_size": 1}),
+        ("joint", {"r": 3000000, "target_modules": "all-linear"}),
+        ("joint ranks", {"rank_pattern": {"q_proj": 3000000}}),
+        ("joint ranks", {"rank_pattern": {"v_proj": 3000000}}),
+    ],
+)
+@pytest.mark.parametrize("tensors", ["all", "steering only"])
+def test_no_memory_is_taken_for_a_rank_that_the_file_does_not_have(case, config, tensors, good, tmp_path):
+    def steering(tensors):
+        return {key: tensor for key, tensor in tensors.items() if "steering" in key}
+
+    folder = edited(tmp_path / "huge", good(case), config, steering if tensors == "steering only" else None)
+    model = base_model(case)
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match="do not fit"):
+        PeftModel.from_pretrained(model, folder)
+    assert time.process_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
+    assert_refused(case, folder, "do not fit")
+
+
+@pytest.mark.parametrize("case", ["low rank", "joint"])
+def test_keys_without_the_prefix_are_refused(case, good, tmp_path):
+    def without_prefix(tensors):
+        return {key.removeprefix("base_model.model.") if "1" in key else key: t for key, t in tensors.items()}
+
+    folder = edited(tmp_path / "bare", good(case), tensors=without_prefix)
+    assert_refused(case, folder, "no place|is missing")
+    model = adapted_model(case)
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=str(folder)):
+        hotswap_adapter(model, folder)
+    assert not differences(before, anatomy(model))
+
+
+def test_a_failed_load_does_not_let_a_later_one_rewrite_the_base_model(good, tmp_path):
+    """KaSA without memory for the weights puts the change of the base model off until the first forward pass."""
+    folder = edited(tmp_path / "broken", good("joint KaSA"), tensors=lambda tensors: dict(list(tensors.items())[1:]))
+    assert_refused("joint KaSA", folder, "missing", low_cpu_mem_usage=True)
+
+
+def test_dora_is_not_loaded_by_transformers_which_would_drop_half_of_it(good):
+    model = base_model("joint DoRA")
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=r"`PeftModel\.from_pretrained`"):
+        model.load_adapter(str(good("joint DoRA")))
+    assert not differences(before, anatomy(model))
+
+
+def test_transformers_is_not_let_read_a_pickle(good, tmp_path):
+    folder = edited(tmp_path / "both", good("low rank"))
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    model = base_model("low rank")
+    before = anatomy(model)
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.load_adapter(str(folder), use_safetensors=False)
+    assert not differences(before, anatomy(model))
