@@ -55,6 +55,13 @@ def test_by_default_lora_is_on_every_linear_layer_in_the_blocks_and_nowhere_else
     assert wrapped == inside
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_lora_on_embeddings_saves_and_loads_with_them(targets, tmp_path):
+    model = joint_model(target_modules=targets)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
+
+
 @pytest.mark.parametrize("steering", STEERING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_adapter_loads_exactly(family, steering, tmp_path):

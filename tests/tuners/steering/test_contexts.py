@@ -137,3 +137,13 @@ def test_peft_may_switch_off_casts_of_the_input(kind):
     with disable_input_dtype_casting(model):
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), expected)
+
+
+def test_merging_takes_the_strength_in_force():
+    model = steer(tiny_model("gpt2"), "vector").double()
+    with adapter_scaling(model, "default", 0.5):
+        expected = logits(model)
+        model.merge_adapter()
+        assert torch.allclose(logits(model), expected, rtol=0, atol=1e-10)
+    model.unmerge_adapter()
+    assert not torch.allclose(logits(model), expected, atol=1e-3)

@@ -68,10 +68,10 @@ class LowRankAdapter(SteeringAdapter):
         dropout = self.dropout if self.training else 0.0
         return low_rank_update(h, down, up, scaling, self.activation, dropout, residual)
 
-    def merge(self, site: Site) -> AffineUpdate:
+    def merge(self, site: Site, scaling: float) -> AffineUpdate:
         if self.activation is not None:
             raise ValueError("the activation on its bottleneck makes the update nonlinear.")
-        return AffineUpdate(left=self.scaling * self.up.data.double(), right=self.down.data)
+        return AffineUpdate(left=scaling * self.up.data.double(), right=self.down.data)
 
     @staticmethod
     def summed_fields(configs: Sequence[Any]) -> dict[str, Any]:
@@ -124,8 +124,8 @@ class VectorAdapter(SteeringAdapter):
             return torch.add(base, vector, alpha=scaling)
         return base + (scaling * vector).to(base.dtype)
 
-    def merge(self, site: Site) -> AffineUpdate:
-        return AffineUpdate(offset=self.scaling * self.vector.data.double())
+    def merge(self, site: Site, scaling: float) -> AffineUpdate:
+        return AffineUpdate(offset=scaling * self.vector.data.double())
 
     @staticmethod
     def summed_fields(configs: Sequence[Any]) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class SteeringAdapter(nn.Module):
         """
         raise NotImplementedError
 
-    def merge(self, site: Site) -> AffineUpdate:
-        """The update in the form that can be merged into linear layers, strength included.
+    def merge(self, site: Site, scaling: float) -> AffineUpdate:
+        """The update in the form that can be merged into linear layers, at the strength `scaling`.
 
         Raises:
             ValueError: The update has no such form, or none that can be merged at this site.

@@ -180,7 +180,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         for name in (active,) if isinstance(active, str) else active:
             adapter = adapters.get(name)
             if adapter is not None and name not in merged and (site is None or adapter.site == site):
-                steered = adapter(hidden, steered, scaling=self._strength(name, adapter))
+                steered = adapter(hidden, steered, scaling=self.strength(name))
         return hidden if steered is None else steered
 
     def _forward_per_row(self, hidden: torch.Tensor, adapter_names: Sequence[str], site: str | None) -> torch.Tensor:
@@ -196,10 +196,12 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             adapter = self.adapters[name]
             if site is None or adapter.site == site:
                 rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                steered[rows] = adapter(hidden[rows], scaling=self._strength(name, adapter))
+                steered[rows] = adapter(hidden[rows], scaling=self.strength(name))
         return steered
 
-    def _strength(self, name: str, adapter: Any) -> float:
+    def strength(self, name: str) -> float:
+        """Strength of an adapter in the context that runs."""
+        adapter = self.adapters._modules[name]
         return strength_in_context(adapter) if adapter.contexts else adapter.scaling
 
     # Merging

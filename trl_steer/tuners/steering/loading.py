@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -311,16 +315,21 @@ def _without_name(key: str, adapter_name: str) -> str:
 
 
 def _saved_embeddings(model: nn.Module, state: dict, adapter_name: str, tensors: Mapping) -> dict[str, torch.Tensor]:
-    """Where embeddings in a file may go. PEFT saves those of a resized vocabulary, always input and output together
-    (one of them alone is a stray), and with all that it has put around them, with and without the adapter's name."""
+    """Where embeddings in a file may go. PEFT saves each that has an adapter on it, and those of a resized vocabulary
+    always together, input and output (one of them alone is a stray). Each comes with all that PEFT has put around it,
+    with and without the adapter's name."""
     embeddings = _embeddings(model)
+    own: dict[str, torch.Tensor] = {}
     groups: list[dict[str, torch.Tensor]] = []
     for name, module in model.named_modules():
         if module in embeddings:
             group = {key: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-            groups.append(group | {_without_name(key, adapter_name): tensor for key, tensor in group.items()})
+            group |= {_without_name(key, adapter_name): tensor for key, tensor in group.items()}
+            groups.append(group)
+            if isinstance(module, BaseTunerLayer):
+                own |= group
     if not all(group.keys() & tensors.keys() for group in groups):
-        return {}
+        return own
     return {key: tensor for group in groups for key, tensor in group.items()}
 
 
