@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -312,16 +316,20 @@ def _without_name(key: str, adapter_name: str) -> str:
 
 def _saved_embeddings(model: nn.Module, state: dict, adapter_name: str, tensors: Mapping) -> dict[str, torch.Tensor]:
     """Where embeddings in a file may go. PEFT saves those of a resized vocabulary, always input and output together
-    (one of them alone is a stray), and with all that it has put around them, with and without the adapter's name."""
+    (one of them alone is a stray), and with all that it has put around them, with and without the adapter's name. One
+    that an adapter targets itself is saved alone."""
     embeddings = _embeddings(model)
     groups: list[dict[str, torch.Tensor]] = []
+    targeted: list[dict[str, torch.Tensor]] = []
     for name, module in model.named_modules():
         if module in embeddings:
             group = {key: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-            groups.append(group | {_without_name(key, adapter_name): tensor for key, tensor in group.items()})
-    if not all(group.keys() & tensors.keys() for group in groups):
-        return {}
-    return {key: tensor for group in groups for key, tensor in group.items()}
+            group |= {_without_name(key, adapter_name): tensor for key, tensor in group.items()}
+            groups.append(group)
+            if isinstance(module, BaseTunerLayer):
+                targeted.append(group)
+    together = all(group.keys() & tensors.keys() for group in groups)
+    return {key: tensor for group in (groups if together else targeted) for key, tensor in group.items()}
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
