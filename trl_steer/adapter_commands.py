@@ -44,7 +44,7 @@ def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int
 def _run(prog: str, action: Callable[[], None]) -> int:
     try:
         action()
-    except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

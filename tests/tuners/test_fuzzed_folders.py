@@ -21,9 +21,12 @@ from fuzzed_folders import (
     base_model,
     broken_copy,
     differences,
+    joint_config,
     wrong_values,
 )
-from peft import PeftModel
+from model_zoo import tiny_inputs
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from trl_steer import hotswap_adapter
@@ -215,4 +218,77 @@ def test_transformers_is_not_let_read_a_pickle(good, tmp_path):
     before = anatomy(model)
     with pytest.raises(ValueError, match="safetensors only"):
         model.load_adapter(str(folder), use_safetensors=False)
+    assert not differences(before, anatomy(model))
+
+
+# What fails beside the folder
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
+@pytest.mark.parametrize("case", ["low rank", "joint"])
+def test_a_device_that_does_not_exist_is_noticed_before_anything_is_created(case, device, good):
+    model = adapted_model(case)
+    before = anatomy(model)
+    with pytest.raises((RuntimeError, AssertionError)):
+        model.load_adapter(good(case), "second", torch_device=device)
+    assert not differences(before, anatomy(model))
+
+
+@pytest.mark.parametrize("case", ["low rank", "joint"])
+def test_a_configuration_that_was_handed_in_stays_as_it_was(case, good, tmp_path):
+    folder = edited(tmp_path / "broken", good(case), tensors=lambda tensors: {})
+    config = PeftConfig.from_pretrained(good(case))
+    config.target_modules = None  # which a joint tuner fills in
+    config.inference_mode = True
+    before = config.to_dict()
+    with pytest.raises(ValueError, match="is missing"):
+        PeftModel.from_pretrained(base_model(case), folder, config=config)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("weights", [None, b"broken"])
+@pytest.mark.parametrize("case", ["low rank", "joint"])
+def test_a_configuration_is_a_template_whatever_the_weights_beside_it_are(case, weights, good, tmp_path):
+    folder = edited(tmp_path / "broken", good(case))
+    (folder / WEIGHTS).unlink()
+    if weights is not None:
+        (folder / WEIGHTS).write_bytes(weights)
+    config = PeftConfig.from_pretrained(folder)
+    model = get_peft_model(base_model(case), config).eval()
+    with torch.no_grad(), model.disable_adapter():
+        unsteered = model(**tiny_inputs()).logits
+    with torch.no_grad():
+        assert not torch.equal(model(**tiny_inputs()).logits, unsteered)  # `init_weights=False`
+
+
+class NoLinear(torch.nn.Module):
+    """What LoRA cannot wrap."""
+
+
+FORMS = [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": {}}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("fields", [*FORMS, REPLICATION, {"init_lora_weights": "pissa", **REPLICATION}], ids=str)
+@pytest.mark.parametrize("is_second", [False, True])
+def test_an_injection_that_fails_in_the_last_block_is_undone_in_the_others(is_second, fields, error, monkeypatch):
+    case = "joint KaSA" if "kasa_config" in fields else "joint tokens"  # PEFT adds KaSA to KaSA only
+    model = adapted_model(case) if is_second else base_model(case)
+    base = model.get_base_model() if is_second else model
+    config = joint_config(target_modules=["k_proj", "up_proj"], **fields)
+    if error is ValueError:
+        base.model.layers[2].self_attn.k_proj = NoLinear()
+    else:
+        calls, update = [], LoraLayer.update_layer
+
+        def interrupted(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            update(*args, **kwargs)
+
+        monkeypatch.setattr(LoraLayer, "update_layer", interrupted)
+    before = anatomy(model)
+    with pytest.raises(error):
+        model.add_adapter("second", config) if is_second else get_peft_model(model, config)
     assert not differences(before, anatomy(model))

@@ -73,6 +73,19 @@ def test_saved_adapter_loads_exactly(family, steering, tmp_path):
     assert torch.equal(logits(low_memory), logits(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # untied and tied embeddings
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_embeddings_that_lora_adapts_load_with_the_original_that_peft_saves_beside(fields, family, tmp_path):
+    model = joint_model(family, target_modules=["q_proj", "embed_tokens"], **fields)
+    model.save_pretrained(tmp_path)
+    assert any("embed_tokens.base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), logits(model))
+    other = joint_model(family, target_modules=["q_proj", "embed_tokens"])
+    other.load_adapter(tmp_path, "second")
+    other.set_adapter("second")
+    assert torch.equal(logits(other), logits(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_transformers_own_loader_finds_both_halves(family, tmp_path):
     model = joint_model(family)

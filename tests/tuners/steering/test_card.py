@@ -7,6 +7,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from trl_cases import make_trainer
 
 from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer.tuners.joint_steering import split_adapter
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -94,3 +95,12 @@ def test_every_way_to_save_writes_it(tmp_path):
     assert_useful(tmp_path / "transformers")
     PostBlockSteeringConfig(r=3).save_pretrained(str(tmp_path / "config"))
     assert_useful(tmp_path / "config")
+
+
+def test_halves_of_a_joint_adapter_have_theirs(tmp_path):
+    saved(JointSteeringConfig(r=4, steering={"r": 3}, task_type="CAUSAL_LM"), tmp_path / "joint")
+    split_adapter(tmp_path / "joint", tmp_path / "lora", tmp_path / "steering")
+    assert_useful(tmp_path / "steering")
+    assert "| parameters | 576 |" in text_of(tmp_path / "steering")
+    assert "[More Information Needed]" not in text_of(tmp_path / "lora")
+    assert metadata(tmp_path / "lora")["base_model"] == BASE

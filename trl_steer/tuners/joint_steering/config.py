@@ -11,6 +11,7 @@ from peft.utils import PeftType
 
 from ..post_block_steering.config import PostBlockSteeringConfig
 from ..steering.card import DescribesItself
+from ..steering.config import check_number, is_integer
 
 # Fields of the steering half that say where and how to steer. The rest (`modules_to_save`, the base model, ...) is of
 # the adapter as a whole and stays at the top level.
@@ -46,8 +47,9 @@ class JointSteeringConfig(DescribesItself, LoraConfig):
             `layers_to_transform`, `base_model_type`. Fields left out have their defaults.
 
     Raises:
-        ValueError: `steering` has unknown fields, or a value that [`PostBlockSteeringConfig`] refuses.
-        TypeError: `steering` is neither a dictionary nor a [`PostBlockSteeringConfig`].
+        ValueError: `steering` has unknown fields, or a value that [`PostBlockSteeringConfig`] refuses; a rank is
+            below 1.
+        TypeError: `steering` is neither a dictionary nor a [`PostBlockSteeringConfig`]; a field has a wrong type.
     """
 
     steering: dict[str, Any] = field(
@@ -57,6 +59,7 @@ class JointSteeringConfig(DescribesItself, LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["JOINT_STEERING"]  # ours, see trl_steer.registration
+        check_lora_fields(self)
         if isinstance(self.steering, PostBlockSteeringConfig):
             self.steering = steering_dict(self.steering)
         if not isinstance(self.steering, dict):
@@ -110,6 +113,32 @@ class JointSteeringConfig(DescribesItself, LoraConfig):
         return LoraConfig(
             **{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
         )
+
+
+def check_lora_fields(config: LoraConfig) -> None:
+    """Makes sure that fields have values that they can have, which [`~peft.LoraConfig`] leaves to the injection: those
+    that decide ranks and strengths, and those that steering has too.
+
+    Raises:
+        ValueError: A rank is below 1, a number is not finite, or `bias` is unknown.
+        TypeError: A field has a value of the wrong type.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if not isinstance(pattern, dict):
+            raise TypeError(f"{name} must be a dictionary by names of modules, got {pattern!r}.")
+    for r in (config.r, *ranks.values()):
+        if not is_integer(r):
+            raise TypeError(f"A rank of LoRA (r, rank_pattern) must be an integer, got {r!r}.")
+        if r <= 0:
+            raise ValueError(f"A rank of LoRA (r, rank_pattern) must be at least 1, got {r}.")
+    for alpha in (config.lora_alpha, *alphas.values()):
+        check_number("lora_alpha", alpha)
+    check_number("lora_dropout", config.lora_dropout)
+    if config.bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {config.bias!r}.")
+    shared = ("modules_to_save", "trainable_token_indices", "base_model_name_or_path", "revision")
+    PostBlockSteeringConfig(**{name: getattr(config, name) for name in shared})
 
 
 def steering_dict(config: PostBlockSteeringConfig) -> dict[str, Any]:

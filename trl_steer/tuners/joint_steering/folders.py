@@ -11,12 +11,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...files import new_folders
 from ..post_block_steering import PostBlockSteeringConfig, PostBlockSteeringLayer
+from ..steering.card import DescribesItself, public_id
 from ..steering.folder import PREFIX, AdapterFolder, check_without_model
-from .config import JointSteeringConfig
+from .config import JointSteeringConfig, check_lora_fields
 
 # The steering half's module inside a joint adapter and in an adapter of its own.
 _JOINT_LEAF, _LEAF = ".post_block_steering.lora_steering_adapter.", ".post_block_steering.steering_adapter."
@@ -105,6 +107,11 @@ def _load(path: str | Path, kind: Any) -> Adapter:
     config: Any = folder.config
     if type(config) is not kind:
         raise ValueError(f"{path} holds a {type(config).__name__}, a {kind.__name__} is expected.")
+    if isinstance(config, LoraConfig):
+        try:
+            check_lora_fields(config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is broken: {error}") from error
     return Adapter(config, folder.tensors())
 
 
@@ -122,6 +129,12 @@ def _check(path: str | Path, adapter: Adapter) -> None:
             _check_lora(adapter)
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from error
+    strays = sorted(key for key in adapter.tensors if not key.startswith(PREFIX))
+    if strays:
+        raise ValueError(f"{path} is broken: {', '.join(strays[:4])} should begin with {PREFIX!r}.")
+    integers = sorted(key for key, t in own.items() if not t.is_floating_point())
+    if integers:
+        raise ValueError(f"{path} is broken: {', '.join(integers[:4])} should have floating point numbers.")
     broken = [key for key, t in adapter.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise ValueError(f"{path} is broken: NaN or infinite values in {', '.join(sorted(broken)[:4])}.")
@@ -129,23 +142,33 @@ def _check(path: str | Path, adapter: Adapter) -> None:
 
 def _check_lora(adapter: Adapter) -> None:
     config: Any = adapter.config
-    matrices: dict[str, dict[str, torch.Tensor]] = {}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in adapter.tensors.items():
-        module, found, rest = key.partition(".lora_")
-        kind = rest.removesuffix(".weight")
-        if found and kind in ("A", "B", "embedding_A", "embedding_B"):
-            matrices.setdefault(module, {})[kind[-1]] = tensor
-    # These store their matrices in other shapes.
-    has_plain_shapes = not (config.use_bdlora or config.use_qalora or config.target_parameters)
-    for module, pair in matrices.items():
-        if len(pair) < 2:
-            raise ValueError(f"{module} has lora_{next(iter(pair))} and not the other matrix.")
-        name = module.removeprefix(PREFIX)
-        patterns = config.rank_pattern or {}
-        r = patterns.get(get_pattern_key(list(patterns), name), config.r)
-        ranks = (pair["A"].shape[0], pair["B"].shape[1] if pair["B"].dim() > 1 else -1)
-        if has_plain_shapes and ranks != (r, r):
-            raise ValueError(f"{module} has matrices of ranks {ranks}, and the configuration says {r}.")
+        module, found, leaf = key.partition(".lora_")
+        if found:
+            modules.setdefault(module, {})[leaf.removeprefix("embedding_")] = tensor
+    for module, leaves in modules.items():
+        pair = {kind: leaves.get(kind, leaves.get(f"{kind}.weight")) for kind in "AB"}
+        wanted = {"A": True, "B": True, "B.bias": config.lora_bias, "magnitude_vector": config.use_dora}
+        missing = [leaf for leaf, is_wanted in wanted.items() if is_wanted and {**leaves, **pair}.get(leaf) is None]
+        unknown = [leaf for leaf in leaves if leaf[:2] in ("A.", "B.") and leaf[2:] not in ("weight", "bias")]
+        if missing or unknown:
+            raise ValueError(f"{module} lacks {missing} of lora_ and has {unknown} too many.")
+        _check_rank(config, module, pair["A"], pair["B"])  # type: ignore[arg-type]
+
+
+def _check_rank(config: Any, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
+    patterns = config.rank_pattern or {}
+    r = patterns.get(get_pattern_key(list(patterns), module.removeprefix(PREFIX)), config.r)
+    if config.use_bdlora or config.use_qalora or config.target_parameters:  # which store matrices of other shapes
+        fits = any(size % r == 0 for size in (*A.shape, *B.shape))
+    else:
+        fits = A.dim() == B.dim() >= 2 and A.shape[0] == B.shape[1] == r
+    if not fits:
+        raise ValueError(
+            f"{module} has matrices of shapes {tuple(A.shape)} and {tuple(B.shape)}, and the configuration says "
+            f"rank {r}."
+        )
 
 
 def _write(targets: Sequence[Path], adapters: Sequence[Adapter]) -> None:
@@ -154,10 +177,14 @@ def _write(targets: Sequence[Path], adapters: Sequence[Adapter]) -> None:
     missing = [(target, adapter) for target, adapter in pairs if not _holds(target, adapter)]
     with new_folders(*(target for target, _ in missing)) as partials:
         for partial, (_, adapter) in zip(partials, missing, strict=True):
-            adapter.config.save_pretrained(str(partial))
-            _model_card(adapter.config).save(partial / "README.md")
             contiguous = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
-            save_file(contiguous, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            try:
+                save_file(contiguous, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            except SafetensorError as error:  # of a full disk, for example
+                raise OSError(f"{SAFETENSORS_WEIGHTS_NAME} cannot be written: {error}") from error
+            adapter.config.save_pretrained(str(partial))
+            if not isinstance(adapter.config, DescribesItself):
+                _lora_card(adapter.config).save(partial / "README.md")
 
 
 def _holds(target: Path, adapter: Adapter) -> bool:
@@ -174,7 +201,7 @@ def _holds(target: Path, adapter: Adapter) -> bool:
     )
 
 
-def _model_card(config: PeftConfig) -> ModelCard:
-    """PEFT writes one beside every adapter that it saves."""
-    method, base = str(config.peft_type.value).lower(), config.base_model_name_or_path  # type: ignore[union-attr]
-    return ModelCard.from_template(ModelCardData(library_name="peft", base_model=base, tags=[method, "trl-steer"]))
+def _lora_card(config: PeftConfig) -> ModelCard:
+    data = ModelCardData(library_name="peft", base_model=public_id(config.base_model_name_or_path), tags=["lora"])
+    text = "# LoRA adapter\n\nThe LoRA half of a joint adapter that was trained with `trl_steer`. Load it with PEFT."
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")

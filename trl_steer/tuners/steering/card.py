@@ -50,10 +50,10 @@ def write_card(config: Any, folder: Path) -> None:
     path = folder / "README.md"
     card: Any = _read(path)
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-    base = _public(config.base_model_name_or_path)
+    base = public_id(config.base_model_name_or_path)
     card.data.library_name = "peft"
     card.data.base_model = base
-    kept = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:") or _public(tag.split(":")[-1])]
+    kept = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:") or public_id(tag.split(":")[-1])]
     card.data.tags = sorted({*kept, method.replace("_", "-"), "activation-steering", "trl-steer"})
     section = "\n".join([_BEGIN, *_section(config, method, base, _parameters(folder)), _END])
     before, begin, rest = card.text.partition(_BEGIN)
@@ -111,7 +111,7 @@ def _section(config: Any, method: str, base: str | None, parameters: int | None)
     ]
 
 
-def _public(base: Any) -> str | None:
+def public_id(base: Any) -> str | None:
     """The base model's Hub id; `None` for a folder on the machine that trained, which means nothing elsewhere."""
     name = str(base or "")
     is_local = os.path.exists(name) or name.startswith((".", "/", "~", "\\")) or name.count("/") != 1
