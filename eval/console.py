@@ -54,7 +54,7 @@ class Console(Report):
         # Nothing is known of how long one takes until one was seen to end; the first is slower than the others.
         first, self._began = self._began, self._began or (now, done)
         parts = [f"{done} of {total}", *([note] if note else [])]
-        if first is not None and done > first[1]:
+        if first is not None and first[1] < done < total:
             parts.append(f"about {_duration((total - done) * (now - first[0]) / (done - first[1]))} left")
         text = ", ".join(parts)
         if self._live or done * 10 // total > self._tenth:

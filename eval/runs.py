@@ -252,7 +252,7 @@ def _make(run: Run, settings: Settings, score_base: bool, report: Report) -> Non
     report.step("Model")
     model = models.resolve(settings.model, report.note)
     write_json(run.folder / ENVIRONMENT, _environment(model))
-    report.end(settings.model)
+    report.end(models.HUB_ID if settings.model == models.EMBEDDED else settings.model)
     if score_base:
         report.step("Scoring the base model")
         _score(run, settings, model, True, report)

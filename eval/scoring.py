@@ -67,7 +67,8 @@ class _Counted(HFLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False):
         self.done, self.count = 0, len(requests)
-        return super().generate_until(requests, disable_tqdm)
+        # Its bar would write to the terminal when it is thrown away after Ctrl-C.
+        return super().generate_until(requests, disable_tqdm=True)
 
     def _model_generate(self, context, *args, **kwargs):
         generated = super()._model_generate(context, *args, **kwargs)

@@ -89,7 +89,8 @@ def show(run: Run) -> None:
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", ROOT_MEANS, "", "| cost | |", "|---|---|", *(f"| {name} | {value} |" for name, value in costs)]
     lines += ["", said, "", "Score the saved adapter again:", "", "```bash", command, "```"]
-    write_text(run.results, "\n".join(lines) + "\n")
+    if not run.results.is_file():  # a finished run may be where nobody can write
+        write_text(run.results, "\n".join(lines) + "\n")
 
     console = Console(highlight=False)
     table = Table(*HEADER, title="Held-out ListOps, scored by lm-eval", title_justify="left", caption=ROOT_MEANS)
