@@ -202,3 +202,17 @@ with new_folders(Path({str(tmp_path / "a")!r}), Path({str(tmp_path / "b")!r})) a
         pass
     assert names(tmp_path) == sorted([*left, "a", "b", "c"])
     assert names(tmp_path / "a") == ["one"]
+
+
+def test_what_is_removed_loses_its_name_before_its_content(tmp_path, monkeypatch):
+    fill(tmp_path / "folder")
+    (tmp_path / "file").write_text("")
+    files.remove(tmp_path / "file")
+    files.remove(tmp_path / "absent")
+    assert names(tmp_path) == ["folder"]
+    seen = []
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path: seen.append((path.name, names(path))))
+    files.remove(tmp_path / "folder")
+    assert names(tmp_path) == [seen[0][0]]
+    assert seen[0][0].startswith(".folder.")
+    assert seen[0][1] == ["one"]

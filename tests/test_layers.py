@@ -49,7 +49,7 @@ IN_A_FUNCTION = "def planted():\n    "
             "from trl_steer.integrations.trl.sft import main",
             "trl_steer -> trl_steer.integrations.trl.sft",
         ),
-        ("trl_steer/cli.py", IN_A_FUNCTION + "import trl_steer.demo.run", "trl_steer.cli -> trl_steer.demo.run"),
+        ("trl_steer/cli.py", IN_A_FUNCTION + "import trl_steer.eval.runs", "trl_steer.cli -> trl_steer.eval.runs"),
         ("trl_steer/tuners/__init__.py", "from trl_steer import JointOrthSFTConfig", "trl_steer.tuners -> trl_steer "),
         (
             "trl_steer/tuners/steering/layer.py",

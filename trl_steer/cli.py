@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 # name -> (module:function called with `(argv, prog)`, one line of help). Imported only when the command is asked for.
 COMMANDS = {
     "demo": (
-        "trl_steer.demo.run:main",
+        "trl_steer.eval.demo.cli:main",
         "train and score a steering adapter on a small real model, in minutes on a CPU",
     ),
     "sft": ("trl_steer.integrations.trl.sft:main", "train with TRL: steering, LoRA, both together, or all parameters"),
@@ -19,6 +19,7 @@ COMMANDS = {
     "split": ("trl_steer.adapter_commands:split", "write the two halves of a joint adapter"),
     "join": ("trl_steer.adapter_commands:join", "join a LoRA and a steering adapter into one"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
+    "compare": ("trl_steer.eval.reproduce.compare:main", "the paired test of two runs on the same examples"),
     "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters registered"),
 }
 

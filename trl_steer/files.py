@@ -44,6 +44,13 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it is there. It loses its name first, so that no half of it is taken for whole."""
+    if path.exists():
+        partial = path.rename(_partial(path))
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill, which becomes `path` when the block ends without an error.

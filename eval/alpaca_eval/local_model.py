@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models import load_base
 from . import prompts
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -47,8 +48,7 @@ class LocalModel:
     """
 
     def __init__(self, model: str, adapter: str | None, form: str, dtype: str = "auto", device: str | None = None):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
 
         if (Path(model) / ADAPTER_CONFIG).is_file():
             if adapter is not None:
@@ -59,11 +59,8 @@ class LocalModel:
                 f"{model} has neither config.json nor {ADAPTER_CONFIG}; expected a checkpoint or an adapter folder, "
                 "such as the output_dir of a finished training, or a checkpoint-N in it."
             )
-        if device is None:
-            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = found.type if found else "cpu"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        loaded = loaded.to(device)
+        loaded, self.tokenizer = load_base(model, adapter, dtype=dtype, device=device)
+        self.tokenizer.padding_side = "left"
         # The tokens that begin and end a text are the model's; how it writes is for `Sampling` alone to say, and what
         # that leaves open `generate` would take from the model: a repetition penalty, a number of beams.
         theirs = loaded.generation_config
@@ -74,8 +71,6 @@ class LocalModel:
         self.parameters = {"base": total, "adapter": None}
         self.source = {"model": model, "adapter": adapter}
         self.weights = _fingerprint([model, *([adapter] if adapter else [])], loaded.config)
-        source = adapter if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else model
-        self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         if adapter is not None:
             from peft import PeftModel
 

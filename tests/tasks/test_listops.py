@@ -73,10 +73,7 @@ def test_same_seed_gives_the_same_expressions_and_another_seed_others():
     assert first != listops.generate(50, seed=4, max_tokens=12)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"max_tokens": 12}, {"max_tokens": 12, "nested": True}, {"min_tokens": 17, "max_tokens": 63}, {"max_tokens": 4}],
-)
+@pytest.mark.parametrize("options", [{"max_tokens": 12}, {"min_tokens": 17, "max_tokens": 63}, {"max_tokens": 4}])
 def test_expressions_are_distinct_valid_and_within_bounds(options):
     expressions = listops.generate(200, seed=0, **options)
     assert len(set(expressions)) == 200
@@ -84,8 +81,6 @@ def test_expressions_are_distinct_valid_and_within_bounds(options):
         tokens = expression.split(" ")
         assert options.get("min_tokens", 4) <= len(tokens) <= options["max_tokens"]
         assert 0 <= listops.evaluate(expression) <= 9
-        if options.get("nested"):
-            assert sum(token in listops.OPERATORS for token in tokens) > 1
 
 
 def test_all_operators_and_digits_occur():
@@ -102,8 +97,8 @@ def test_splits_do_not_overlap_and_an_earlier_one_ignores_the_size_of_a_later_on
 
 
 def test_bounds_that_nothing_fits_are_an_error():
-    with pytest.raises(ValueError, match="the shortest nested list has 7"):
-        listops.generate(1, seed=0, max_tokens=6, nested=True)
+    with pytest.raises(ValueError, match="the shortest list has 4"):
+        listops.generate(1, seed=0, min_tokens=1, max_tokens=3)
     with pytest.raises(ValueError, match="between 9 and 8"):
         listops.generate(1, seed=0, min_tokens=9, max_tokens=8)
 

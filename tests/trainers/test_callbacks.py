@@ -7,16 +7,19 @@ from trl import SFTConfig
 from trl_steer.trainers.callbacks import DivergenceCallback, TrainingDivergedError
 
 
-def watch(losses, caplog, **more):
+def watch(losses, caplog, resumed=(), process=0, **more):
     callback = DivergenceCallback()
     arguments = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, learning_rate=3e-3)
-    for step, loss in enumerate(losses):
-        state = TrainerState(global_step=step)
+    history = [{"loss": loss, "step": step} for step, loss in enumerate([*resumed, *losses])]
+    for step, loss in enumerate(losses, len(resumed)):
+        state = TrainerState(global_step=step, log_history=history[: step + 1], is_world_process_zero=process == 0)
         callback.on_log(arguments, state, TrainerControl(), logs={"loss": loss, **more})
     return [record.getMessage() for record in caplog.records]
 
 
-@pytest.mark.parametrize("losses", [[2.0, 1.5, 1.0], [0.3, 0.9, 0.4], [2.0, 3.9], [0.1, 0.2, 1.0]])
+@pytest.mark.parametrize(
+    "losses", [[2.0, 1.5, 1.0], [0.3, 0.9, 0.4], [2.0, 3.9], [0.1, 0.2, 1.0], [2.0, 9.0, 1.0, 9.0, 2.0]]
+)
 def test_noise_is_no_divergence(losses, caplog):
     assert watch(losses, caplog) == []
 
@@ -26,6 +29,12 @@ def test_a_loss_far_above_its_start_is_said_once(losses, caplog):
     (said,) = watch(losses, caplog)
     assert "started from" in said
     assert "Lower the learning rate, which is 0.003" in said
+
+
+def test_one_warning_is_enough_for_all_processes_and_also_after_a_run_was_resumed(caplog):
+    assert watch([9.0, 9.0], caplog, resumed=[2.0, 9.0, 9.0]) == []
+    assert watch([2.0, 9.0, 9.0], caplog, process=1) == []
+    assert "the 2 it started from" in watch([9.0, 9.0], caplog, resumed=[2.0])[0]
 
 
 @pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": float("inf")}])

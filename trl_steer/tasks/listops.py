@@ -98,7 +98,7 @@ def evaluate(expression: str) -> int:
     return stack[0][1]
 
 
-def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63, nested: bool = False) -> list[str]:
+def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63) -> list[str]:
     """Draws `count` distinct expressions; the same arguments always give the same list.
 
     The tree sampler is the one of Long Range Arena: an argument is a list with probability 0.25, else a digit; a list
@@ -109,23 +109,18 @@ def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63
         count (`int`): How many expressions.
         seed (`int`): Seed of the generator.
         min_tokens, max_tokens (`int`): Bounds, both included, on operators + digits + closing brackets.
-        nested (`bool`): Whether to reject lists that hold digits only, where there is nothing to evaluate in order.
 
     Raises:
         ValueError: if the bounds admit too few expressions for `count` distinct ones.
     """
-    if max_tokens < max(min_tokens, 7 if nested else 4):
-        raise ValueError(
-            f"no {'nested ' if nested else ''}expression has between {min_tokens} and {max_tokens} tokens; the "
-            f"shortest {'nested ' if nested else ''}list has {7 if nested else 4}."
-        )
+    if max_tokens < max(min_tokens, 4):
+        raise ValueError(f"no expression has between {min_tokens} and {max_tokens} tokens; the shortest list has 4.")
     rng = random.Random(seed)
     found: dict[str, None] = {}  # a set that keeps its order
     misses = 0
     while len(found) < count:
         tokens = _sample(rng, max_tokens)
-        fits = tokens is not None and len(tokens) >= min_tokens and (not nested or _is_nested(tokens))
-        expression = " ".join(tokens) if fits and tokens else None
+        expression = " ".join(tokens) if tokens is not None and len(tokens) >= min_tokens else None
         if expression is not None and expression not in found:
             found[expression] = None
             misses = 0
@@ -165,10 +160,6 @@ def _digits(expression: str) -> list[int]:
 def _median(values: Sequence[int]) -> int:
     ordered = sorted(values)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
-
-
-def _is_nested(tokens: Sequence[str]) -> bool:
-    return sum(token in OPERATORS for token in tokens) > 1
 
 
 def _sample(rng: random.Random, max_tokens: int) -> list[str] | None:

@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-# Well beyond the noise of a batch: such a loss is worse than not having trained.
+# Such a loss is worse than not having trained. One batch can have it by itself, a few in a row have not.
 FACTOR, MARGIN = 2.0, 1.0
+IN_A_ROW = 2
 
 
 class TrainingDivergedError(RuntimeError):
@@ -19,11 +20,11 @@ class TrainingDivergedError(RuntimeError):
 
 
 class DivergenceCallback(TrainerCallback):
-    """Warns when the loss stays far above where it started, and stops the run when it is no number any more.
+    """Warns once when the loss stays far above where it started, and stops the run when it is no number any more.
 
     The loss that counts is the one the trainer logs. "Far above" is more than twice the loss of the first step, which
-    is logged for this, and at least 1.0 more, twice in a row: one batch may be strange. After the loss has come back,
-    a further rise is said again. transformers replaces a NaN loss by an average before it logs it
+    is logged for this, and at least 1.0 more, in two logs in a row. What was logged before a run was resumed counts,
+    and of several processes one warns. transformers replaces a NaN loss by an average before it logs it
     (`logging_nan_inf_filter`), so the gradient norm is watched too; and before anything is saved, the trained
     parameters, since logs may be few or none.
 
@@ -31,10 +32,6 @@ class DivergenceCallback(TrainerCallback):
         TrainingDivergedError: on a NaN or infinite loss, a NaN gradient norm, or a parameter that is not finite, so
             that no such adapter is saved as if it were a result.
     """
-
-    def __init__(self):
-        self.first_loss: float | None = None
-        self.high_in_a_row = 0
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         # A mean over more steps may hold the explosion already.
@@ -54,16 +51,14 @@ class DivergenceCallback(TrainerCallback):
                 f"Training diverged at step {state.global_step}: loss {loss}, gradient norm {grad_norm}. Nothing was "
                 f"saved from this step. {_advice(args)}"
             )
-        if loss is None:
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        if loss is None or not losses or not state.is_world_process_zero:
             return
-        if self.first_loss is None:
-            self.first_loss = loss
-            return
-        is_high = loss > max(FACTOR * self.first_loss, self.first_loss + MARGIN)
-        self.high_in_a_row = self.high_in_a_row + 1 if is_high else 0
-        if self.high_in_a_row == 2:
+        above = [value > max(FACTOR * losses[0], losses[0] + MARGIN) for value in losses]
+        runs = [all(above[end - IN_A_ROW : end]) for end in range(IN_A_ROW, len(above) + 1)]
+        if runs and runs[-1] and not any(runs[:-1]):
             logger.warning(
-                f"The loss at step {state.global_step} is {loss:.3g}, far above the {self.first_loss:.3g} it started "
+                f"The loss at step {state.global_step} is {loss:.3g}, far above the {losses[0]:.3g} it started "
                 f"from: this run diverges. {_advice(args)}"
             )
 

@@ -8,9 +8,8 @@ import alpaca_judging
 import alpaca_rows
 import pytest
 
-from trl_steer.demo.model import resolve
-from trl_steer.demo.settings import EMBEDDED
 from trl_steer.eval.alpaca_eval.reference import BASELINE
+from trl_steer.eval.models import EMBEDDED, resolve
 
 PROMPTS = [
     "What is the capital of Australia, and why is it not Sydney?",

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from loopback_judge import KillAt, LoopbackJudge
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_model, tiny_tokenizer
 
@@ -78,6 +78,20 @@ def test_an_adapter_steers_and_its_folder_names_its_base(model_folder, adapter_f
     base = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert (settings["model"], settings["adapter"]) == (model_folder, adapter_folder)
     assert settings["parameters"] == {"base": base, "adapter": 2 * 2 * 2 * 32}
+
+
+@pytest.mark.parametrize("config", [PostBlockSteeringConfig, LoraConfig])
+def test_an_adapter_that_was_trained_with_new_tokens_is_loaded_with_them(config, model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    base.resize_token_embeddings(len(tokenizer))
+    get_peft_model(base, config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = LocalModel(str(tmp_path), None, "alpaca", device="cpu")
+    assert model.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert len(model.answer(["Use <tool>."], GREEDY)) == 1
 
 
 def test_the_prompt_is_the_chat_template_or_alpacas(model_folder):

@@ -1,0 +1,1 @@
+"""Studies: runs compared with one another."""

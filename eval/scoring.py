@@ -1,0 +1,77 @@
+"""Scores a model, with or without an adapter, through lm-eval's Python interface."""
+
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from . import models
+from .console import Report
+from .runs import Settings
+
+# The filter that counts, where a task has several.
+STRICT = "strict"
+
+
+def score(settings: Settings, model: str, adapter: Path | None, tasks: Path, report: Report) -> dict[str, Any]:
+    """Evaluates, and returns what a run keeps: the accuracy, and every example in the order of the task.
+
+    Args:
+        settings (`Settings`): Those of the run.
+        model (`str`): Checkpoint folder or Hub id.
+        adapter (`Path`, *optional*): PEFT adapter folder to load on top.
+        tasks (`Path`): Folder of the task's definition.
+        report (`Report`): Is told how it goes.
+    """
+    loaded, tokenizer = models.load(model, str(adapter) if adapter else None, dtype=torch.float32)
+    metadata: dict[str, Any] = {settings.benchmark: dict(settings.source)} if settings.source else {}
+    batch_size = settings.scoring["batch_size"]
+    results = lm_eval.simple_evaluate(
+        model=_Counted(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, report=report),
+        tasks=[settings.task],
+        gen_kwargs=settings.scoring.get("gen_kwargs"),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False, metadata=metadata),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    samples = results["samples"][settings.task]
+    filters = [sample["filter"] for sample in samples]
+    chosen = STRICT if STRICT in filters else filters[0]
+    return {
+        "task": settings.task,
+        "filter": chosen,
+        "accuracy": float(results["results"][settings.task][f"exact_match,{chosen}"]),
+        "examples": [
+            {
+                "id": sample["prompt_hash"][:16],
+                "text": sample["resps"][0][0],
+                "answer": sample["filtered_resps"][0],
+                "target": sample["target"],
+                "correct": bool(sample["exact_match"] == 1.0),
+            }
+            for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+            if sample["filter"] == chosen
+        ],
+    }
+
+
+class _Counted(HFLM):
+    """Tells how far it is."""
+
+    def __init__(self, *args, report: Report, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.report = report
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        self.done, self.count = 0, len(requests)
+        # Its bar would write to the terminal when it is thrown away after Ctrl-C.
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, context, *args, **kwargs):
+        generated = super()._model_generate(context, *args, **kwargs)
+        self.done += len(context)
+        self.report.progress(self.done, self.count)
+        return generated

@@ -1,0 +1,126 @@
+"""Trains the adapter of a run with TRL."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_steer import JointOrthSFTConfig, JointOrthSFTTrainer, JointSteeringConfig, PostBlockSteeringConfig
+from trl_steer.files import read_json, write_json
+from trl_steer.tasks import load_task
+from trl_steer.trainers.callbacks import DivergenceCallback
+
+from .console import Report
+from .runs import MARK, Settings
+
+
+def peft_config(settings: Settings) -> PeftConfig:
+    common: dict[str, Any] = {"r": settings.r, "task_type": "CAUSAL_LM"}
+    if settings.method == "lora":
+        return LoraConfig(target_modules="all-linear", **common)
+    if settings.method in ("joint", "joint_orth"):
+        return JointSteeringConfig(steering={"r": settings.r}, **common)
+    common["steering_type"] = settings.method
+    return PostBlockSteeringConfig(**common)
+
+
+def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None, report: Report) -> None:
+    """Trains to the end, which leaves a checkpoint of the last step.
+
+    Args:
+        settings (`Settings`): Those of the run.
+        model (`str`): Checkpoint folder or Hub id of the base model.
+        checkpoints (`Path`): Where checkpoints go.
+        newest (`Path`, *optional*): The one to go on from.
+        report (`Report`): Is told how it goes.
+
+    Raises:
+        TrainingDivergedError: if training diverges.
+    """
+    torch.manual_seed(settings.seed)
+    trainer_class, config = _trainer(settings, checkpoints)
+    trainer = trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=config,
+        train_dataset=load_task(settings.benchmark, **settings.source)["train"],
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=peft_config(settings),
+        callbacks=[_Record(report), DivergenceCallback()],
+    )
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+
+
+def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], SFTConfig]:
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "seed": settings.seed,
+        # What TRL does to save memory costs time, and changes no result.
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "logging_steps": 5,
+        "save_steps": 15,
+        "save_total_limit": 2,
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings.training,
+    }
+    if settings.method in ("joint", "joint_orth"):
+        return JointOrthSFTTrainer, JointOrthSFTConfig(**arguments, orthogonal=settings.method == "joint_orth")
+    return SFTTrainer, SFTConfig(**arguments)
+
+
+class _Record(TrainerCallback):
+    """Tells how training goes, and leaves in each checkpoint, when all else is written, what came out so far."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        resumed = Path(args.output_dir, f"checkpoint-{state.global_step}", MARK)
+        before = read_json(resumed) if state.global_step else {"seconds": 0.0, "peak_memory_bytes": 0}
+        self.memory = before["peak_memory_bytes"]
+        self.start = time.perf_counter() - before["seconds"]
+        if state.global_step:
+            self.report.note(f"Going on from step {state.global_step}.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        losses = _losses(state)
+        note = f"loss {losses[-1]:.3f}" if losses else ""
+        self.report.progress(state.global_step, state.max_steps, note)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        seconds = time.perf_counter() - self.start
+        self.memory = max(self.memory, _peak_memory())
+        parameters = list(model.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        record = {
+            "trainable_parameters": trainable,
+            "trainable_share": trainable / (sum(parameter.numel() for parameter in parameters) - trainable),
+            "steps": state.global_step,
+            "seconds": seconds,
+            "tokens": state.num_input_tokens_seen,
+            "tokens_per_second": state.num_input_tokens_seen / seconds,
+            "peak_memory_bytes": self.memory,
+            "losses": _losses(state),
+        }
+        write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", MARK), record)
+
+
+def _losses(state) -> list[float]:
+    return [row["loss"] for row in state.log_history if "loss" in row]
+
+
+def _peak_memory() -> int:
+    """Of the accelerator, or else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
