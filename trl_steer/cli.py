@@ -16,7 +16,11 @@ COMMANDS = {
     "split": ("trl_steer.tuners.joint_steering.commands:split", "write the two halves of a joint adapter"),
     "join": ("trl_steer.tuners.joint_steering.commands:join", "join a LoRA and a steering adapter into one"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
-    "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters registered"),
+    "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters and tasks"),
+    "tasks": (
+        "trl_steer.integrations.lm_eval.launcher:print_tasks_folder",
+        "print the folder of our tasks, for lm_eval --include_path",
+    ),
 }
 
 
