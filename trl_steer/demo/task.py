@@ -43,7 +43,7 @@ def shortcuts(folder: Path) -> dict[str, list[bool]]:
 
 
 def _answer(row: dict) -> int:
-    answer = listops.extract(row["completion"])
+    answer = listops.strict(row["completion"])
     assert answer is not None, row
     return int(answer)
 

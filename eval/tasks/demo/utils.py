@@ -25,9 +25,9 @@ def doc_to_text(doc: dict) -> str:
 
 
 def doc_to_target(doc: dict) -> str:
-    return listops.extract(doc["completion"]) or ""
+    return listops.strict(doc["completion"]) or ""
 
 
 def extract_answers(responses: list[list[str]], _docs: list[dict]) -> list[str]:
     """The first response's answer for each document; empty, which is never right, where it gives none."""
-    return [listops.extract(texts[0]) or "" for texts in responses]
+    return [listops.strict(texts[0]) or "" for texts in responses]
