@@ -26,12 +26,9 @@ from trl_steer.tasks.text import LETTER, MARK, first, last
 
 
 def prompt(row: Row) -> str:
-    return f"Answer the following multiple-choice math question.\nQuestion: {row['question']}\n{options(row)}\n"
-
-
-def options(row: Row) -> str:
-    """The published options `A)text` in the form that ARC has, `(A) text`."""
-    return "\n".join(f"({label}) {text}" for label, text in _options(row))
+    # The published options `A)text` in the form that ARC has.
+    options = "\n".join(f"({label}) {text}" for label, text in _options(row))
+    return f"Answer the following multiple-choice math question.\nQuestion: {row['question']}\n{options}\n"
 
 
 def completion(row: Row) -> str:

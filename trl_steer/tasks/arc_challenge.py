@@ -27,11 +27,8 @@ from trl_steer.tasks.text import LETTER, MARK, first, last
 
 
 def prompt(row: Row) -> str:
-    return f"Answer the following multiple-choice question.\nQuestion: {row['question']}\n{options(row)}\n"
-
-
-def options(row: Row) -> str:
-    return "\n".join(f"({label}) {text}" for label, text in _options(row))
+    options = "\n".join(f"({label}) {text}" for label, text in _options(row))
+    return f"Answer the following multiple-choice question.\nQuestion: {row['question']}\n{options}\n"
 
 
 def completion(row: Row) -> str:

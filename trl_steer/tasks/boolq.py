@@ -1,4 +1,4 @@
-r"""BoolQ (Clark et al. 2019): is the answer to a question about a passage true or false?
+"""BoolQ (Clark et al. 2019): is the answer to a question about a passage true or false?
 
 Test is the published validation split in full (3270 rows; the published test split has no labels). Validation is 20%
 of the training rows. The authors' code divides the published validation split instead, 80% to choose and 20% to test.

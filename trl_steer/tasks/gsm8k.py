@@ -56,7 +56,7 @@ def steerling(text: str) -> str | None:
     It takes at most three digits in a row: `1,200` is 1200, but of `1200` it is `120`, a wrong answer.
     """
     three_digits = r"([-+]?\d{1,3}(?:,\d{3})*(?:\.\d+)?)"
-    line = last(r"(?i)answer\s*:\s*(.+)", text) or ""
+    line = last(r"(?i)answer\s*:\s*(.+)", text.strip()) or ""
     number = first(three_digits, line) or last(three_digits, text)
     return number and _canonical(number)
 

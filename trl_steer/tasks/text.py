@@ -8,8 +8,8 @@ import re
 
 # Stands in front of a task's own pattern, with what may lie between: brackets and Markdown, but no sign of a number.
 MARK = r"(?:(?i:\banswer[*_]*\s*(?:is\b|:))|\\boxed\{(?:\\text\{)?)[^\w.\-]*"
-# A capital that stands alone, "A" not as the article of "A plant".
-LETTER = r"(?<![\w'])(?:[B-E]|A(?! [a-z]))(?![\w'])"
+# A capital that stands alone; "A plant" has an article, "A is right" an answer.
+LETTER = r"(?<![\w'])(?:[B-E]|A(?! (?!is\b)[a-z]))(?![\w'])"
 
 
 def last(pattern: str, text: str) -> str | None:
