@@ -12,7 +12,7 @@ from . import models
 from .console import Report
 from .runs import Settings
 
-# The filter that counts, where a task has several.
+# The filter that counts.
 STRICT = "strict"
 
 
@@ -37,13 +37,11 @@ def score(settings: Settings, model: str, adapter: Path | None, tasks: Path, rep
         log_samples=True,
         bootstrap_iters=0,
     )
-    samples = results["samples"][settings.task]
-    filters = [sample["filter"] for sample in samples]
-    chosen = STRICT if STRICT in filters else filters[0]
+    samples = [sample for sample in results["samples"][settings.task] if sample["filter"] == STRICT]
     return {
         "task": settings.task,
-        "filter": chosen,
-        "accuracy": float(results["results"][settings.task][f"exact_match,{chosen}"]),
+        "filter": STRICT,
+        "accuracy": float(results["results"][settings.task][f"exact_match,{STRICT}"]),
         "examples": [
             {
                 "id": sample["prompt_hash"][:16],
@@ -53,7 +51,6 @@ def score(settings: Settings, model: str, adapter: Path | None, tasks: Path, rep
                 "correct": bool(sample["exact_match"] == 1.0),
             }
             for sample in sorted(samples, key=lambda sample: sample["doc_id"])
-            if sample["filter"] == chosen
         ],
     }
 

@@ -9,6 +9,7 @@ from lm_eval.tasks import TaskManager
 
 TASKS_FOLDER = str(resources.files("trl_steer.eval").joinpath("tasks"))
 SIX = [f"steer_{name}" for name in ("boolq", "winogrande", "arc_challenge", "gsm8k", "aqua", "listops")]
+STEERLING = [name.replace("steer_", "steerling_") for name in SIX]
 MULTIPLE_CHOICE = [f"steer_{name}_mc" for name in ("boolq", "winogrande", "arc_challenge", "aqua")]
 
 
@@ -41,7 +42,7 @@ def garbage() -> Scripted:
 
 
 def evaluate(model: LM, tasks: list[str], metadata: dict | None = None, num_fewshot: int = 0, **kwargs) -> dict:
-    """lm-eval's results by task and group, each without its filter's name: `{"exact_match": ..., ...}`.
+    """lm-eval's results by task and group: `{"exact_match,strict": ..., ...}`.
 
     What `simple_evaluate` does, without its report on the machine, which takes longer than these tests.
     """
@@ -51,10 +52,7 @@ def evaluate(model: LM, tasks: list[str], metadata: dict | None = None, num_fews
         task.set_config("num_fewshot", num_fewshot)
         task.set_fewshot_seed(0)
     found = evaluator.evaluate(model, loaded, bootstrap_iters=0, **kwargs)
-    return {
-        name: {metric.split(",")[0]: value for metric, value in metrics.items()}
-        for name, metrics in {**found["results"], **found.get("groups", {})}.items()
-    }
+    return {**found["results"], **found.get("groups", {})}
 
 
 def documents(task: str) -> list[dict]:

@@ -20,7 +20,11 @@ COMMANDS = {
     "join": ("trl_steer.adapter_commands:join", "join a LoRA and a steering adapter into one"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
     "compare": ("trl_steer.eval.reproduce.compare:main", "the paired test of two runs on the same examples"),
-    "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters registered"),
+    "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters and tasks"),
+    "tasks": (
+        "trl_steer.integrations.lm_eval.launcher:print_tasks_folder",
+        "print the folder of our tasks, for lm_eval --include_path",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trl_steer.tasks import get_task
+from trl_steer.tasks import BENCHMARKS
 
 from . import models
 from .harness import Result, alternate, compare
@@ -26,7 +26,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
     Raises:
         RuntimeError: if they do not give the same answers.
     """
-    task = get_task(TASK)
+    task = BENCHMARKS[TASK]
     count = 4 if quick else BATCH_SIZE
     prompts = [task.prompt(row) for row in task.rows(test=count, validation=1, train=1)["test"]]
     model, tokenizer = _tiny() if quick else _smollm2()
@@ -37,7 +37,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
         SINGLE: _one_by_one(model, tokenizer, prompts, device, texts),
     }
     times = alternate(sides, repeats, device)
-    answers = {side: [task.extract(text) for text in texts[side]] for side in sides}
+    answers = {side: [task.flexible(text) for text in texts[side]] for side in sides}
     if answers[BATCHED] != answers[SINGLE]:
         raise RuntimeError(f"batched evaluation changes answers: {answers[BATCHED]}, singly {answers[SINGLE]}")
     same = sum(a == b for a, b in zip(texts[BATCHED], texts[SINGLE], strict=True))

@@ -1,31 +1,68 @@
-"""lm-eval's own command line; importing `trl_steer` first is all that is added."""
+"""lm-eval's own command line, with our PEFT types registered and our tasks in reach; and where those tasks are."""
 
+import argparse
 import sys
 from collections.abc import Sequence
-
-import trl_steer  # noqa: F401  (registers our PEFT types)
+from importlib import resources
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
-    """Hands `argv` (default: that of the process) to lm-eval's command line unchanged.
+    """Runs lm-eval on `argv` (default: that of the process), which may name our tasks beside lm-eval's and the user's.
 
-    Raises:
-        ModuleNotFoundError: if lm-eval is not installed.
+    Returns the exit status: 1 if lm-eval is not installed.
     """
     try:
-        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import HarnessCLI, setup_logging
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise ModuleNotFoundError("lm-eval is not installed: pip install 'trl-steer[eval]'", name="lm_eval") from None
+        print("lm-eval is not installed: pip install 'trl-steer[eval]'", file=sys.stderr)
+        return 1
+    import trl_steer  # noqa: F401  (registers our PEFT types)
+
     before = sys.argv
     # lm-eval's parser reads `sys.argv` itself.
     sys.argv = [prog, *(before[1:] if argv is None else argv)]
     try:
-        cli_evaluate()
+        setup_logging()
+        command_line = HarnessCLI()
+        arguments = command_line.parse_args()
+        _include_our_tasks(arguments)
+        command_line.execute(arguments)
     finally:
         sys.argv = before
     return 0
+
+
+def tasks_folder() -> str:
+    """The folder for `lm_eval --include_path`."""
+    return str(resources.files("trl_steer.eval") / "tasks")
+
+
+def print_tasks_folder(argv: Sequence[str] | None = None, prog: str = "trl-steer tasks") -> int:
+    argparse.ArgumentParser(
+        prog, description="Prints the folder of our lm-eval tasks: lm_eval run --include_path $(trl-steer tasks)"
+    ).parse_args(argv)
+    print(tasks_folder())
+    return 0
+
+
+def _include_our_tasks(arguments: argparse.Namespace) -> None:
+    """Puts our folder before the user's, whose tasks go before ours where they have the same name.
+
+    `TaskManager` takes a list of folders, only lm-eval's parser does not. The option, once set, hides the same entry
+    of the file that `--config` names, so that is looked up here.
+    """
+    if "include_path" not in arguments:
+        return
+    theirs = arguments.include_path
+    if theirs is None and getattr(arguments, "config", None) and Path(arguments.config).is_file():
+        from lm_eval.config.evaluate_config import EvaluatorConfig
+
+        theirs = EvaluatorConfig.load_yaml_config(arguments.config).get("include_path")
+    folders = theirs if isinstance(theirs, list) else [theirs] if theirs else []
+    arguments.include_path = [tasks_folder(), *folders]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from tiny_chat import tiny_model, tiny_tokenizer
 
 from trl_steer import PostBlockSteeringConfig
+from trl_steer.integrations.lm_eval import launcher
 
 pytest.importorskip("lm_eval")
 
@@ -98,3 +99,33 @@ def test_switched_off_the_cli_fails_with_pefts_own_error(folder):
     assert process.returncode != 0
     assert "KeyError: 'POST_BLOCK_STEERING'" in process.stderr
     assert "trl_steer" not in process.stderr.replace(str(folder), "")
+
+
+def test_our_program_finds_our_tasks_beside_those_of_the_user(folder):
+    command = [sys.executable, "-m", "trl_steer.integrations.lm_eval.launcher", "run", "--model", "dummy"]
+    command += ["--include_path", str(folder / "tasks"), "--tasks", "steer_listops_synthetic,steer_test_task"]
+    command += ["--limit", "2", "--output_path", str(folder / "both")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment, timeout=300)
+    (file,) = (folder / "both").rglob("results_*.json")
+    assert set(json.loads(file.read_text())["results"]) == {"steer_listops_synthetic", "steer_test_task"}
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "expected"),
+    [
+        ("", None, []),
+        ("include_path: theirs", None, ["theirs"]),
+        ("include_path: [one, two]", None, ["one", "two"]),
+        ("include_path: theirs", "given", ["given"]),
+    ],
+)
+def test_our_folder_goes_before_the_users_who_may_name_theirs_in_a_file(
+    tmp_path, monkeypatch, written, given, expected
+):
+    (tmp_path / "run.yaml").write_text(f"model: dummy\n{written}\n")
+    asked = []
+    monkeypatch.setattr("lm_eval._cli.run.Run._execute", staticmethod(asked.append))
+    option = ["--include_path", given] if given else []
+    assert launcher.main(["run", "--config", str(tmp_path / "run.yaml"), *option]) == 0
+    assert asked[0].include_path == [launcher.tasks_folder(), *expected]

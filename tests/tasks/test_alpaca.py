@@ -67,7 +67,7 @@ def test_numbers_become_text_and_stay_an_input(tmp_path):
     ("text", "said"),
     [
         ("", "holds no rows"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": null}\n', "row 1 of .* has no output"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": null}\n', "Row 1 of .* has no output"),
         ("nothing of the kind", "cannot be read"),
     ],
 )

@@ -9,7 +9,17 @@ import pytest
 import task_rows
 import yaml
 from lm_eval.api.registry import get_model
-from scripted_models import MULTIPLE_CHOICE, SIX, TASKS_FOLDER, Scripted, documents, evaluate, garbage, oracle
+from scripted_models import (
+    MULTIPLE_CHOICE,
+    SIX,
+    STEERLING,
+    TASKS_FOLDER,
+    Scripted,
+    documents,
+    evaluate,
+    garbage,
+    oracle,
+)
 
 from trl_steer.tasks import get_task, harness
 
@@ -18,8 +28,10 @@ FAST_SYNTHETIC = {"listops_synthetic": {"test": 20, "validation": 5, "train": 5,
 ALL_NAMES = {
     "steer_six",
     "steer_six_val",
+    "steerling_six",
     SYNTHETIC,
     *SIX,
+    *STEERLING,
     *(f"{name}_val" for name in SIX),
     *MULTIPLE_CHOICE,
     *(f"{name}_val" for name in MULTIPLE_CHOICE),
@@ -42,34 +54,49 @@ def test_oracle_scores_one_on_all_six_and_garbage_zero_with_no_answer(hub, group
     for model, right in ((oracle(), 1.0), (garbage(), 0.0)):
         scores = evaluate(model, [group])
         for name in [group, *(f"{task}{suffix}" for task in SIX)]:
-            assert (scores[name]["exact_match"], scores[name]["no_answer"]) == (right, 1.0 - right), name
+            assert reading(scores[name], "strict") == (right, 1.0 - right), name
+            assert name == group or reading(scores[name], "flexible") == (right, 1.0 - right), name
+
+
+def reading(scores: dict, filter_name: str) -> tuple[float, float]:
+    return scores[f"exact_match,{filter_name}"], scores[f"no_answer,{filter_name}"]
+
+
+def test_oracle_and_garbage_as_the_authors_code_scores_them(hub):
+    for model, right in ((oracle(), 1.0), (garbage(), 0.0)):
+        scores = evaluate(model, ["steerling_six"])
+        assert {name: reading(scores[name], "steerling") for name in scores} == dict.fromkeys(
+            ["steerling_six", *STEERLING], (right, 1.0 - right)
+        )
 
 
 def test_oracle_and_garbage_on_the_synthetic_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluate(oracle(), [SYNTHETIC], FAST_SYNTHETIC)[SYNTHETIC]["exact_match"] == 1.0
-    assert evaluate(garbage(), [SYNTHETIC], FAST_SYNTHETIC)[SYNTHETIC]["no_answer"] == 1.0
+    assert evaluate(oracle(), [SYNTHETIC], FAST_SYNTHETIC)[SYNTHETIC]["exact_match,strict"] == 1.0
+    assert evaluate(garbage(), [SYNTHETIC], FAST_SYNTHETIC)[SYNTHETIC]["no_answer,strict"] == 1.0
 
 
 def test_wrong_answers_are_no_unread_answers(hub):
     scores = evaluate(Scripted(lambda doc: "Answer: False." if doc["answer"] == "True" else "yes"), ["steer_boolq"])
     docs = documents("steer_boolq")
     share_of_false = sum(doc["answer"] == "False" for doc in docs) / len(docs)
-    assert scores["steer_boolq"]["exact_match"] == 0.0
-    assert scores["steer_boolq"]["no_answer"] == pytest.approx(share_of_false)
+    assert scores["steer_boolq"]["exact_match,strict"] == 0.0
+    assert scores["steer_boolq"]["no_answer,strict"] == pytest.approx(share_of_false)
 
 
 def test_group_is_the_unweighted_mean_of_tasks_of_unequal_size(hub):
     scores = evaluate(Scripted(lambda doc: doc["completion"] if doc["benchmark"] == "gsm8k" else ""), ["steer_six"])
-    assert scores["steer_six"]["exact_match"] == pytest.approx(1 / 6)
-    assert scores["steer_six"]["no_answer"] == pytest.approx(5 / 6)
+    assert scores["steer_six"]["exact_match,strict"] == pytest.approx(1 / 6)
+    assert scores["steer_six"]["no_answer,strict"] == pytest.approx(5 / 6)
 
 
 def test_multiple_choice_scores_the_preferred_option(hub):
     tasks = [*MULTIPLE_CHOICE, *(f"{name}_val" for name in MULTIPLE_CHOICE)]
     wrong = Scripted(lambda doc: "", lambda doc: (doc["label"] + 1) % len(doc["choices"]))
     for model, right in ((oracle(), 1.0), (wrong, 0.0)):
-        assert {name: scores["acc"] for name, scores in evaluate(model, tasks).items()} == dict.fromkeys(tasks, right)
+        assert {name: scores["acc,none"] for name, scores in evaluate(model, tasks).items()} == dict.fromkeys(
+            tasks, right
+        )
 
 
 @pytest.mark.parametrize("task", [*SIX, *MULTIPLE_CHOICE])
@@ -114,6 +141,35 @@ def test_length_bound_and_stop_strings_cut_no_real_completion(mirror, task):
         assert max(len(text.encode()) for text in completions) <= settings["max_gen_toks"]
 
 
+def test_gold_gsm8k_solutions_have_a_ceiling_under_the_authors_reader_and_bound(mirror):
+    """91.1%, and 42.2% once they are cut after 100 tokens of SmolLM2's vocabulary, as the README says."""
+    from transformers import AutoTokenizer
+
+    task = get_task("gsm8k")
+    rows = list(task.rows()["test"])
+    texts = [task.completion(row) for row in rows]
+
+    def score(texts: list[str]) -> float:
+        return sum(task.steerling(text) == task.answer(row) for text, row in zip(texts, rows, strict=True)) / len(rows)
+
+    assert score(texts) == pytest.approx(0.911, abs=0.002)
+    gguf = embedded_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    bound = generation_settings("steerling_gsm8k")["max_gen_toks"]
+    cut = tokenizer.batch_decode([ids[:bound] for ids in tokenizer(texts).input_ids])
+    assert score(cut) == pytest.approx(0.422, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("task", "bound"), zip(STEERLING, [10, 5, 100, 100, 256, 10], strict=True), ids=lambda value: str(value)
+)
+def test_steerling_tasks_score_the_authors_rows_within_the_authors_bounds(hub, task, bound):
+    benchmark = get_task(task.removeprefix("steerling_"))
+    rows = benchmark.rows("steerling")["test"]
+    assert [doc["prompt"] for doc in documents(task)] == [benchmark.prompt(row) for row in rows]
+    assert generation_settings(task) == {"do_sample": False, "max_gen_toks": bound, "until": []}
+
+
 def embedded_gguf() -> Path:
     from trl_steer.eval import models
 
@@ -123,9 +179,9 @@ def embedded_gguf() -> Path:
 def test_oracle_scores_one_on_every_real_row_and_garbage_zero(mirror):
     tasks = ["steer_six", "steer_six_val"]
     scores = evaluate(oracle(), tasks)
-    assert {scores[name]["exact_match"] for name in scores} == {1.0}
+    assert {scores[name]["exact_match,strict"] for name in scores} == {1.0}
     scores = evaluate(garbage(), tasks)
-    assert {(scores[name]["exact_match"], scores[name]["no_answer"]) for name in scores} == {(0.0, 1.0)}
+    assert {(scores[name]["exact_match,strict"], scores[name]["no_answer,strict"]) for name in scores} == {(0.0, 1.0)}
 
 
 def test_dummy_model_scores_what_chance_predicts(mirror):
@@ -134,13 +190,13 @@ def test_dummy_model_scores_what_chance_predicts(mirror):
         rows = documents(name)
         chance = sum(1 / len(doc["choices"]) for doc in rows) / len(rows)
         # Four standard errors: a chance of 1 in 16000 for each to miss.
-        assert abs(scores[name]["acc"] - chance) < 4 * (chance * (1 - chance) / len(rows)) ** 0.5, name
-    assert (scores["steer_boolq"]["exact_match"], scores["steer_boolq"]["no_answer"]) == (0.0, 1.0)
+        assert abs(scores[name]["acc,none"] - chance) < 4 * (chance * (1 - chance) / len(rows)) ** 0.5, name
+    assert (scores["steer_boolq"]["exact_match,strict"], scores["steer_boolq"]["no_answer,strict"]) == (0.0, 1.0)
 
 
 def test_no_answer_counts_what_the_filter_could_not_read():
     docs = [{"benchmark": "gsm8k"}] * 3
-    answers = harness.read_answers([["Answer: 1,000"], ["no idea"], ["", "Answer: 5"]], docs)
+    answers = harness.read_answers("strict", [["Answer: 1,000"], ["no idea"], ["", "Answer: 5"]], docs)
     assert answers == ["1000", "[invalid]", "[invalid]"]
     assert harness.no_answer(references=["1000", "2", "5"], predictions=answers) == pytest.approx(2 / 3)
 
@@ -154,7 +210,7 @@ def test_metadata_names_another_config_for_one_task_or_for_the_run(hub, tmp_path
         {"pretrained": "a-model", "gsm8k": {"config": "main"}, "boolq": source},
     ):
         model = oracle()
-        assert evaluate(model, ["steer_boolq"], metadata)["steer_boolq"]["exact_match"] == 1.0
+        assert evaluate(model, ["steer_boolq"], metadata)["steer_boolq"]["exact_match,strict"] == 1.0
         assert len(model.requests) == 4
 
 
@@ -180,7 +236,7 @@ def test_fewshot_examples_show_prompt_and_completion_of_training_rows(hub):
 def test_copy_without_training_rows_is_scored_zero_shot(hub, tmp_path):
     task_rows.write_config(tmp_path / "aqua", "raw", {"validation": 3, "test": 4}, task_rows.rows_of("aqua"))
     scores = evaluate(oracle(), ["steer_aqua", "steer_aqua_val"], {"aqua": {"dataset_path": str(tmp_path / "aqua")}})
-    assert scores["steer_aqua"]["exact_match"] == scores["steer_aqua_val"]["exact_match"] == 1.0
+    assert scores["steer_aqua"]["exact_match,strict"] == scores["steer_aqua_val"]["exact_match,strict"] == 1.0
 
 
 @pytest.mark.slow
@@ -205,7 +261,7 @@ def test_stock_program_runs_offline_with_its_options(hub, tmp_path):
     subprocess.run(command, check=True, cwd=hub, env=offline_environment())
     (results,) = (tmp_path / "out").rglob("results_*.json")
     groups = json.loads(results.read_text())["groups"]
-    assert 0.0 <= groups["steer_six"]["exact_match,answer"] <= 1.0
+    assert 0.0 <= groups["steer_six"]["exact_match,strict"] <= 1.0
     samples = [json.loads(line) for file in (tmp_path / "out").rglob("samples_*") for line in file.open()]
     assert len(samples) == 12
     assert all(sample["arguments"]["gen_args_0"]["arg_0"].startswith("<|im_start|>user\n") for sample in samples)

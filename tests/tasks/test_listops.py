@@ -104,27 +104,8 @@ def test_bounds_that_nothing_fits_are_an_error():
 
 
 def test_asking_for_more_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="only 400 distinct expressions"):
+    with pytest.raises(ValueError, match="Only 400 distinct expressions"):
         listops.generate(401, seed=0, max_tokens=4)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<answer>7</answer>", "7"),
-        ("So:\n<answer> 7 </answer> and on", "7"),
-        ("<answer>7", "7"),
-        ("<answer>7</answer><answer>8</answer>", "7"),
-        ("<answer>10</answer>", "10"),
-        ("<answer>7 or 8</answer>", None),
-        ("<answer>seven</answer>", None),
-        ("<answer></answer>", None),
-        ("7", None),
-        ("", None),
-    ],
-)
-def test_answer_is_read_from_inside_the_tags(text, answer):
-    assert listops.extract(text) == answer
 
 
 def test_example_is_prompt_and_completion_with_the_answer_in_tags():
@@ -135,7 +116,7 @@ def test_example_is_prompt_and_completion_with_the_answer_in_tags():
         "Expression:\n[MIN 2 9 [MAX 4 7 ] 0 ]\n",
         "completion": "<answer>0</answer>",
     }
-    assert listops.extract(example["completion"]) == "0"
+    assert listops.strict(example["completion"]) == "0"
 
 
 def test_shortcuts_do_not_evaluate_the_nesting():

@@ -1,5 +1,8 @@
 """Prompt, completion and answer of each task, to the byte, on written rows and on every real one."""
 
+import doctest
+import sys
+
 import pytest
 import task_rows
 
@@ -68,7 +71,7 @@ def test_prompt_and_completion_are_the_papers_to_the_byte(benchmark):
     assert task.prompt(row) == prompt
     assert task.completion(row) == completion
     assert task.answer(row) == answer
-    assert task.extract(completion) == answer
+    assert task.strict(completion) == task.flexible(completion) == answer
 
 
 def test_digit_labels_stay_digits():
@@ -76,7 +79,14 @@ def test_digit_labels_stay_digits():
     task = get_task("arc_challenge")
     assert task.prompt(row).endswith("(1) one\n(2) two\n")
     assert task.completion(row) == "Answer: (2) two."
-    assert task.extract(task.completion(row)) == task.answer(row) == "2"
+    assert task.strict(task.completion(row)) == task.flexible(task.completion(row)) == task.answer(row) == "2"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_example_at_the_top_of_the_module_is_what_the_code_makes_of_its_row(name):
+    module = sys.modules[TASKS[name].prompt.__module__]
+    assert ">>> row = " in module.__doc__
+    assert doctest.testmod(module).failed == 0
 
 
 def test_solution_without_its_mark_is_an_error_that_shows_it():
@@ -98,7 +108,7 @@ def test_documents_options_are_beginnings_of_the_completion_for_the_right_one_al
     task = get_task(benchmark)
     for row in task_rows.rows_of(benchmark):
         document = task.document(row)
-        assert task.extract(document["completion"]) == document["answer"]
+        assert task.strict(document["completion"]) == task.flexible(document["completion"]) == document["answer"]
         if task.choices is None:
             assert "choices" not in document
             continue
@@ -136,5 +146,6 @@ def test_answer_is_read_from_the_completion_of_every_real_row(mirror, benchmark,
     for config in configs:
         published = task.read(task.source["dataset_path"], config)
         for name, rows in published.items():
-            wrong = [row for row in rows if task.extract(task.completion(row)) != task.answer(row)]
-            assert not wrong, (config, name, len(wrong), wrong[0])
+            for read in (task.strict, task.flexible):
+                wrong = [row for row in rows if read(task.completion(row)) != task.answer(row)]
+                assert not wrong, (config, name, len(wrong), wrong[0])

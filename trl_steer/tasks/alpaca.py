@@ -1,9 +1,21 @@
 r"""Alpaca (Taori et al. 2023): instructions with the responses to learn, for instruction tuning.
 
 The data set is `yahma/alpaca-cleaned`, or any file whose rows have `instruction`, `output` and, where there is
-something to work on, `input`. All its rows are for training: what is learned is measured by AlpacaEval.
+something to work on, `input`. All its rows are for training. There is no
+right answer to read from a response: it is judged as a whole, by AlpacaEval (`trl-steer alpaca-eval`).
 
 The prompt is the one of Alpaca, in its two forms; with it, a response follows after `### Response:\n`.
+
+>>> row = {"instruction": "Add them.", "input": "2 and 3", "output": "5"}
+>>> print(prompt(row) + completion(row))  # doctest: +NORMALIZE_WHITESPACE
+Below is an instruction that describes a task, paired with an input that provides further context. Write a response
+that appropriately completes the request.
+### Instruction:
+Add them.
+### Input:
+2 and 3
+### Response:
+5
 """
 
 import csv
@@ -87,7 +99,7 @@ def _as_text(rows: "Dataset", source: str) -> "Dataset":
         values = rows[name][:]
         missing = next((index for index, value in enumerate(values) if value is None), None)
         if missing is not None and name != "input":
-            raise ValueError(f"row {missing} of {source} has no {name}.")
+            raise ValueError(f"Row {missing} of {source} has no {name}.")
         columns[name] = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return datasets.Dataset.from_dict(columns)
 
@@ -109,9 +121,6 @@ TASK = AlpacaTask(
     source={"dataset_path": "yahma/alpaca-cleaned", "config": None},
     prompt=prompt,
     completion=completion,
-    # There is no right answer to read from a response: it is judged as a whole, see `trl-steer alpaca-eval`.
-    answer=completion,
-    extract=lambda text: text.strip() or None,
     splits={"default": official},
     key=("instruction", "output"),
     read=read,

@@ -1,32 +1,34 @@
 """AQuA-RAT (Ling et al. 2017): algebra word problems with five options and a written rationale.
 
 Train, validation (254 rows) and test (254 rows) are the published splits, for us and for the authors' code.
+
+>>> row = {
+...     "question": "Express 50 mps in kmph?",
+...     "options": ["A)172", "B)160", "C)150", "D)180", "E)120"],
+...     "rationale": "25 * 18/5 = 180 kmph",
+...     "correct": "D",
+... }
+>>> print(prompt(row) + completion(row))
+Answer the following multiple-choice math question.
+Question: Express 50 mps in kmph?
+(A) 172
+(B) 160
+(C) 150
+(D) 180
+(E) 120
+25 * 18/5 = 180 kmph
+Answer: D.
 """
 
-import re
-
-from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import official
-from trl_steer.tasks.text import CALLED, CAPITAL, SMALL, announced, by_rank, plain
-
-_ANNOUNCED = announced(rf"{CALLED}(?:({CAPITAL})|({SMALL}))")
-# A capital, not within a word, and not degrees Celsius. A small letter is often a variable; it counts in brackets, as
-# "option b", as a line of its own, and before the only line.
-_STANDALONE = re.compile(
-    rf"(?<!\w)[(\[]\s*([A-Ea-e])\s*[)\]]|(?<![\w'\u00b0])(?<!\u00b0\s)({CAPITAL})"
-    rf"|(?i:\b(?:option|choice)\b(?:\s+is\b)?)[\s:]*({SMALL})"
-    r"|^[ \t\"'(\[]*([a-e])[ \t\"').:,!\]]*$|\A\s*([a-e])[).]\s[^\n]*\Z",
-    re.MULTILINE,
-)
+from trl_steer.tasks.text import LETTER, MARK, first, last
 
 
 def prompt(row: Row) -> str:
-    return f"Answer the following multiple-choice math question.\nQuestion: {row['question']}\n{options(row)}\n"
-
-
-def options(row: Row) -> str:
-    """The published options `A)text` in the form that ARC has, `(A) text`."""
-    return "\n".join(f"({label}) {text}" for label, text in _options(row))
+    # The published options `A)text` in the form that ARC has.
+    options = "\n".join(f"({label}) {text}" for label, text in _options(row))
+    return f"Answer the following multiple-choice math question.\nQuestion: {row['question']}\n{options}\n"
 
 
 def completion(row: Row) -> str:
@@ -37,10 +39,20 @@ def answer(row: Row) -> str:
     return row["correct"]
 
 
-def extract(text: str) -> str | None:
-    """A letter, `A` to `E`: the last that is announced as the answer, else the last that stands alone."""
-    found = next(by_rank([*_ANNOUNCED, _STANDALONE], plain(text)), None)
-    return found[-1].upper() if found else None
+def strict(text: str) -> str | None:
+    """The last `Answer: X`, a letter `A` to `E`."""
+    return last(r"Answer: ([A-E])\b", text)
+
+
+def flexible(text: str) -> str | None:
+    """Behind the last mark, else the last letter that stands alone."""
+    return last(rf"{MARK}(?i:option\W+)?({LETTER})", text) or last(f"({LETTER})", text)
+
+
+def steerling(text: str) -> str | None:
+    """As the authors' code reads: behind the first mark, also "answer" alone, else the last letter of the text."""
+    found = first(r"(?i)answer\s*[:\-]?\s*\(?([A-E])", text) or last(r"(?i)\b([A-E])\b", text)
+    return found and found.upper()
 
 
 def _options(row: Row) -> list[tuple[str, str]]:
@@ -48,13 +60,15 @@ def _options(row: Row) -> list[tuple[str, str]]:
     return [(label.strip(), text.strip()) for label, _, text in pairs]
 
 
-TASK = Task(
+TASK = Benchmark(
     name="aqua",
     source={"dataset_path": "deepmind/aqua_rat", "config": "raw"},
     prompt=prompt,
     completion=completion,
     answer=answer,
-    extract=extract,
+    strict=strict,
+    flexible=flexible,
+    steerling=steerling,
     splits={"default": official, "steerling": official},
     key=("question",),
     choices=lambda row: [f"Answer: {label}" for label, _ in _options(row)],

@@ -1,4 +1,4 @@
-"""What a benchmark is: how a row becomes a prompt and a completion, how an answer is read, which rows are for what."""
+"""What a task is: how a row becomes a prompt and a completion, how an answer is read, which rows are for what."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,23 +13,18 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """One benchmark. Training data and the lm-eval tasks are both made from this object, and from nothing else.
+    """Rows to train on, with the prompt and the completion of each.
 
     Args:
-        name (`str`): The task's name here; the lm-eval tasks are `steer_<name>` and its variants.
+        name (`str`): The task's name.
         source (`Mapping[str, Any]`): What `read` is called with: `dataset_path` and `config` for a data set of the
             Hub. Each entry can be overridden, see [`trl_steer.tasks.sources`].
         prompt (`Callable[[Row], str]`): The prompt for a row. It ends in a line break, where the completion begins.
-        completion (`Callable[[Row], str]`): What a model is trained to write; it ends in the answer.
-        answer (`Callable[[Row], str]`): The right answer of a row, spelled as `extract` spells it.
-        extract (`Callable[[str], str | None]`): The answer that generated text gives, None where it gives none.
+        completion (`Callable[[Row], str]`): What a model is trained to write.
         splits (`Mapping[str, Splitter]`): By name, how published splits become train, validation and test.
         key (`tuple[str, ...]`): The columns by which two rows count as the same example.
-        choices (`Callable[[Row], list[str]]`, *optional*): For multiple choice, the completion of each option up to
-            where its name ends, in the order of the options.
-        choice_names (`Callable[[Row], list[str]]`, *optional*): The options' names, spelled as `answer` spells them.
         read (`Callable[..., Mapping[str, Dataset]]`): Gives the published splits for `source`.
     """
 
@@ -37,12 +32,8 @@ class Task:
     source: Mapping[str, Any]
     prompt: Callable[[Row], str]
     completion: Callable[[Row], str]
-    answer: Callable[[Row], str]
-    extract: Callable[[str], str | None]
     splits: Mapping[str, Splitter]
     key: tuple[str, ...]
-    choices: Callable[[Row], list[str]] | None = None
-    choice_names: Callable[[Row], list[str]] | None = None
     read: Callable[..., Mapping[str, "Dataset"]] = sources.read_hub
 
     def rows(self, splits: str = "default", **source: Any) -> dict[str, "Dataset"]:
@@ -56,7 +47,7 @@ class Task:
         """
         if splits not in self.splits:
             raise ValueError(
-                f"task {self.name!r} has no splits named {splits!r}. Choose one of: {', '.join(self.splits)}."
+                f"Task {self.name!r} has no splits named {splits!r}. Choose one of: {', '.join(self.splits)}."
             )
         parts = self.splits[splits](self.read(**sources.resolve(self.name, self.source, source)))
         return disjoint(parts, self.key) if splits == "default" else dict(parts)
@@ -70,6 +61,31 @@ class Task:
             "prompt": [{"role": "user", "content": prompt}],
             "completion": [{"role": "assistant", "content": completion}],
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Task):
+    """A task with right answers. Training data and the lm-eval tasks `steer_<name>` are both made from this object.
+
+    `strict`, `flexible` and `steerling` are three readings of the same generated text, each
+    `Callable[[str], str | None]`: the answer that the text gives, None where it gives none.
+
+    Args:
+        answer (`Callable[[Row], str]`): The right answer of a row, spelled as the readers spell it.
+        strict: Knows the mark that completions are trained with and nothing else.
+        flexible: Also knows other ways to announce an answer, and takes a bare one where there is no announcement.
+        steerling: Reads as the code does that the paper's authors released.
+        choices (`Callable[[Row], list[str]]`, *optional*): For multiple choice, the completion of each option up to
+            where its name ends, in the order of the options.
+        choice_names (`Callable[[Row], list[str]]`, *optional*): The options' names, spelled as `answer` spells them.
+    """
+
+    answer: Callable[[Row], str]
+    strict: Callable[[str], str | None]
+    flexible: Callable[[str], str | None]
+    steerling: Callable[[str], str | None]
+    choices: Callable[[Row], list[str]] | None = None
+    choice_names: Callable[[Row], list[str]] | None = None
 
     def document(self, row: Row) -> dict[str, Any]:
         """A row as the lm-eval tasks see it: the example with its answer and, for multiple choice, its options."""

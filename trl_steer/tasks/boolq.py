@@ -2,19 +2,23 @@
 
 Test is the published validation split in full (3270 rows; the published test split has no labels). Validation is 20%
 of the training rows. The authors' code divides the published validation split instead, 80% to choose and 20% to test.
+
+>>> row = {
+...     "passage": "The season is set for release in 2019.",
+...     "question": "are they going to make a punisher season 2",
+...     "answer": True,
+... }
+>>> print(prompt(row) + completion(row))
+Answer the question with a true/false based on the given passage.
+Passage: The season is set for release in 2019.
+Question: are they going to make a punisher season 2
+Answer: True.
 """
 
-import re
-
-from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import halves_of, validation_from_train
-from trl_steer.tasks.text import announced, by_rank, plain
+from trl_steer.tasks.text import MARK, first, last
 
-# Not in the pair "true/false", which repeats the instruction and answers nothing.
-_WORD = r"(?<![\w/])(?<!/\s)((?i:true|false))\b(?!\s*/\s*(?i:true|false))"
-# In the line of the announcement: "Answer: the statement is false".
-_ANNOUNCED = announced(_WORD, between=r"\s*[^\n]*?")
-_ANYWHERE = re.compile(_WORD)
 ANSWERS = ["True", "False"]
 
 
@@ -33,19 +37,35 @@ def answer(row: Row) -> str:
     return str(row["answer"])
 
 
-def extract(text: str) -> str | None:
-    """`True` or `False`: the first that the text announces as its answer, else the first that it contains."""
-    found = next(by_rank([*_ANNOUNCED, _ANYWHERE], plain(text)), None)
-    return found[0].capitalize() if found else None
+def strict(text: str) -> str | None:
+    """The last `Answer: True` or `Answer: False`."""
+    return _named(last(r"Answer: ((?i:true|false))\b", text))
 
 
-TASK = Task(
+def flexible(text: str) -> str | None:
+    """Behind the last mark, else the first true or false, but not the pair of the prompt, "true/false"."""
+    word = r"((?i:true|false))\b(?!/)"
+    return _named(last(MARK + word, text) or first(rf"(?<![\w/]){word}", text))
+
+
+def steerling(text: str) -> str | None:
+    """As the authors' code reads: behind the first mark, else the first of the text."""
+    return _named(first(r"(?i)answer\s*:\s*(true|false)", text) or first(r"(?i)\b(true|false)\b", text))
+
+
+def _named(word: str | None) -> str | None:
+    return word and word.capitalize()
+
+
+TASK = Benchmark(
     name="boolq",
     source={"dataset_path": "google/boolq", "config": None},
     prompt=prompt,
     completion=completion,
     answer=answer,
-    extract=extract,
+    strict=strict,
+    flexible=flexible,
+    steerling=steerling,
     splits={
         "default": validation_from_train(test="validation"),
         "steerling": halves_of("validation", 0.2, first="validation", second="test"),

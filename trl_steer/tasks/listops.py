@@ -10,10 +10,9 @@ generated text are written once, here, and used for training data and for evalua
 
 import random
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from trl_steer.tasks.text import plain
+from trl_steer.tasks.text import first
 
 OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[MIN": min,
@@ -32,16 +31,6 @@ PROMPT = (
     "Expression:\n{expression}\n"
 )
 COMPLETION = "<answer>{answer}</answer>"
-# Each opening tag with what follows it, up to the next tag of its kind. The closing tag may be missing, whole or in
-# part, where generation was cut off.
-_TAGGED = re.compile(
-    r"<\s*answer\s*>(?P<content>.*?)(?=<\s*[/\\]*\s*answer\b|</?[a-z]*\Z|\Z)", re.DOTALL | re.IGNORECASE
-)
-# A whole number and no other, or one that ends an equation or a sentence, in whatever marks.
-_WHOLE_NUMBER = re.compile(
-    r"(?:.*(?:=|->|\bis\b|\b(?:answer|result|value)\b\s*:?))?[^\w\-]*(-?\d{1,99})(?:\.0*)?[^\w]*",
-    re.DOTALL | re.IGNORECASE,
-)
 
 
 def prompt(expression: str) -> str:
@@ -52,17 +41,20 @@ def completion(answer: int | str) -> str:
     return COMPLETION.format(answer=answer)
 
 
-def extract(text: str) -> str | None:
-    """The whole number inside the first `<answer>` tags of generated text that hold one, else None."""
-    text = unicodedata.normalize("NFKC", text)
-    for tagged in _TAGGED.finditer(text):
-        content = plain(tagged["content"]).removeprefix("Answer:").strip()
-        if tagged.end() == len(text):  # never closed: further lines may be about something else
-            content = content.partition("\n")[0]
-        match = _WHOLE_NUMBER.fullmatch(content)
-        if match:
-            return str(int(match.group(1)))
-    return None
+def strict(text: str) -> str | None:
+    """The whole number in the first `<answer>` tags that hold one and nothing else."""
+    return first(r"<answer>(\d+)</answer>", text)
+
+
+def flexible(text: str) -> str | None:
+    """The same with words or marks around the number, and where the closing tag is missing at the end of the text."""
+    return first(r"(?i)<\s*answer\s*>[^<\d]*?(-?\d+)[^<\d]*(?:<|\Z)", text)
+
+
+def steerling(text: str) -> str | None:
+    """As the authors' code reads: what the first `<answer>` tags hold, if that is a whole number."""
+    found = (first(r"(?is)<answer>(.*?)</answer>", text) or "").strip()
+    return str(int(found)) if re.fullmatch(r"[-+]?\d{1,9}", found) else None
 
 
 def example(expression: str) -> dict[str, str]:
@@ -87,12 +79,12 @@ def evaluate(expression: str) -> int:
             stack[-1].append(int(token))
         else:
             raise ValueError(
-                f"not a ListOps expression: unexpected {token!r} in {expression!r}. Expected tokens separated by "
+                f"Not a ListOps expression: unexpected {token!r} in {expression!r}. Expected tokens separated by "
                 f"spaces: one of {', '.join(OPERATORS)}, a digit 0 to 9, or the ']' that closes a non-empty list."
             )
     if len(stack) != 1 or len(stack[0]) != 2:
         raise ValueError(
-            f"not a ListOps expression: {expression!r} has "
+            f"Not a ListOps expression: {expression!r} has "
             + (f"{len(stack) - 1} list(s) that no ']' closes." if len(stack) > 1 else "not exactly one value.")
         )
     return stack[0][1]
@@ -114,7 +106,7 @@ def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63
         ValueError: if the bounds admit too few expressions for `count` distinct ones.
     """
     if max_tokens < max(min_tokens, 4):
-        raise ValueError(f"no expression has between {min_tokens} and {max_tokens} tokens; the shortest list has 4.")
+        raise ValueError(f"No expression has between {min_tokens} and {max_tokens} tokens; the shortest list has 4.")
     rng = random.Random(seed)
     found: dict[str, None] = {}  # a set that keeps its order
     misses = 0
@@ -128,7 +120,7 @@ def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63
             misses += 1
         if misses > 50_000:
             raise ValueError(
-                f"only {len(found)} distinct expressions of {min_tokens} to {max_tokens} tokens were found where "
+                f"Only {len(found)} distinct expressions of {min_tokens} to {max_tokens} tokens were found where "
                 f"{count} were asked for; raise max_tokens or ask for fewer."
             )
     return list(found)

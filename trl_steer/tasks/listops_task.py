@@ -3,12 +3,21 @@
 Train, validation (2000 rows) and test (2000 rows) are the published splits, for us and for the authors' code. The
 generated ones are of the same kind and size, and their scores are comparable with none that are published.
 [`trl_steer.tasks.listops`] has the rules, the prompt and the reading of answers.
+
+>>> row = {"Source": "[MIN 2 9 [MAX 4 7 ] 0 ]", "Target": 0}
+>>> print(prompt(row) + completion(row))
+Evaluate the value of the following nested list expression.
+Return only the final numeric result inside <answer>...</answer>.
+<BLANKLINE>
+Expression:
+[MIN 2 9 [MAX 4 7 ] 0 ]
+<answer>0</answer>
 """
 
 from typing import TYPE_CHECKING
 
 from trl_steer.tasks import listops
-from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import official
 
 if TYPE_CHECKING:
@@ -43,25 +52,29 @@ def read_generated(
     }
 
 
-TASK = Task(
+TASK = Benchmark(
     name="listops",
     source={"dataset_path": "fengyang0317/listops-64", "config": None},
     prompt=prompt,
     completion=completion,
     answer=answer,
-    extract=listops.extract,
+    strict=listops.strict,
+    flexible=listops.flexible,
+    steerling=listops.steerling,
     splits=SPLITS,
     key=("Source",),
 )
 
 # Longer than 16 and shorter than 64 tokens: the ratio of Long Range Arena's bounds, 500 and 2000.
-SYNTHETIC = Task(
+SYNTHETIC = Benchmark(
     name="listops_synthetic",
     source={"seed": 42, "train": 8000, "validation": 2000, "test": 2000, "min_tokens": 17, "max_tokens": 63},
     prompt=prompt,
     completion=completion,
     answer=answer,
-    extract=listops.extract,
+    strict=listops.strict,
+    flexible=listops.flexible,
+    steerling=listops.steerling,
     splits=SPLITS,
     key=("Source",),
     read=read_generated,

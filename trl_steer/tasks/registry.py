@@ -1,30 +1,31 @@
-"""The benchmarks by name, and their rows in the form that TRL trains on."""
+"""The tasks by name, and their rows in the form that TRL trains on."""
 
 from typing import TYPE_CHECKING, Any
 
 from trl_steer.tasks import alpaca, aqua, arc_challenge, boolq, gsm8k, listops_task, winogrande
-from trl_steer.tasks.base import Task
+from trl_steer.tasks.base import Benchmark, Task
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 SIX = (boolq.TASK, winogrande.TASK, arc_challenge.TASK, gsm8k.TASK, aqua.TASK, listops_task.TASK)
-TASKS: dict[str, Task] = {task.name: task for task in (*SIX, listops_task.SYNTHETIC, alpaca.TASK)}
+BENCHMARKS: dict[str, Benchmark] = {task.name: task for task in (*SIX, listops_task.SYNTHETIC)}
+TASKS: dict[str, Task] = {**BENCHMARKS, alpaca.TASK.name: alpaca.TASK}
 
 
 def get_task(name: str) -> Task:
-    """The benchmark of that name.
+    """The task of that name.
 
     Raises:
         ValueError: if there is none.
     """
     if name not in TASKS:
-        raise ValueError(f"there is no task named {name!r}. Choose one of: {', '.join(TASKS)}.")
+        raise ValueError(f"There is no task named {name!r}. Choose one of: {', '.join(TASKS)}.")
     return TASKS[name]
 
 
 def load_task(name: str, splits: str = "default", *, conversational: bool = False, **source: Any) -> "DatasetDict":
-    """A benchmark's training, validation and test rows as TRL's prompt-completion data set.
+    """A task's training, validation and test rows as TRL's prompt-completion data set.
 
     Args:
         name (`str`): One of [`TASKS`].

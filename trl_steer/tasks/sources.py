@@ -34,7 +34,7 @@ def resolve(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) ->
     unknown = sorted(set(overrides) - set(defaults))
     if unknown:
         raise ValueError(
-            f"the source of task {task!r} has no {', '.join(unknown)}. What can be overridden: {', '.join(defaults)}."
+            f"The source of task {task!r} has no {', '.join(unknown)}. What can be overridden: {', '.join(defaults)}."
         )
     source = {**defaults, **overrides}
     if "dataset_path" in source and "dataset_path" not in overrides:

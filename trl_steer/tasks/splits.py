@@ -58,14 +58,13 @@ def validation_from_train(test: str) -> Splitter:
     return split
 
 
-def halves_of(source: str, share: float, *, first: str, second: str | None, test: str | None = None) -> Splitter:
+def halves_of(source: str, share: float, *, first: str, second: str) -> Splitter:
     """The authors' way: shuffle one published split, then divide it; the training rows stay whole.
 
     Args:
         source (`str`): The split that is divided.
         share (`float`): Which part of it is drawn.
-        first, second (`str`): What the undrawn and the drawn part are used as; None discards the part.
-        test (`str`, *optional*): A published split that is the test split, where neither part is.
+        first, second (`str`): What the undrawn and the drawn part are used as.
     """
 
     def split(rows: Rows) -> dict[str, "Dataset"]:
@@ -73,10 +72,7 @@ def halves_of(source: str, share: float, *, first: str, second: str | None, test
         if source in rows:
             shuffled = permutation(len(rows[source]))
             for name, part in zip((first, second), draw(len(shuffled), share), strict=True):
-                if name is not None:
-                    parts[name] = rows[source].select([shuffled[index] for index in part])
-        if test is not None and test in rows:
-            parts["test"] = rows[test]
+                parts[name] = rows[source].select([shuffled[index] for index in part])
         return {name: parts[name] for name in NAMES if name in parts}
 
     return split

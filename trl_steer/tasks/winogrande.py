@@ -2,35 +2,24 @@
 
 Test is the published validation split in full (1267 rows; the published test split has no labels). Validation is 20%
 of the training rows. The authors' code divides the published validation split in two halves instead.
+
+>>> row = {
+...     "sentence": "John moved the couch from the garage to the backyard to create space. The _ is small.",
+...     "option1": "garage",
+...     "option2": "backyard",
+...     "answer": "1",
+... }
+>>> print(prompt(row) + completion(row))  # doctest: +NORMALIZE_WHITESPACE
+Please choose the correct answer to fill in the blank to complete the given sentence: John moved the couch from the
+garage to the backyard to create space. The _ is small.
+Option1: garage
+Option2: backyard
+Answer: Option1.
 """
 
-import re
-
-from trl_steer.tasks.base import Row, Task
+from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import halves_of, validation_from_train
-from trl_steer.tasks.text import AFTER, FILLER, IS_CORRECT, MARK, SENTENCE, by_rank, plain
-
-_NUMBERS = dict.fromkeys(("1", "one", "first", "1st"), "Option1") | dict.fromkeys(
-    ("2", "two", "second", "2nd"), "Option2"
-)
-_NUMBER = r"(?i:number|no\.)\s*"
-_OPTION = (
-    rf"(?<![A-Za-z])(?<!\b[Nn]ot\s)(?i:option)[\s#(\[:_\"'\-]*(?:{_NUMBER})?"
-    r"((?i:1|2|one\b|two\b))(?!\d|[.,]\d)"
-)
-_ALONE = rf"(?:{_NUMBER}|#)?((?i:1|2|one|two))\b(?![.,/\-]?\d|[^\S\n]+(?!{AFTER})[a-z])"
-_ORDINAL = r"(?i:(?:the\s+)?(first|second|1st|2nd)\s+(?:option|choice)\b)"
-# By rank: behind the mark, right there or the first option after it; right behind a sentence; what a text opens with,
-# if it is said to be the answer or the text names no other.
-_RANKS = (
-    re.compile(f"{MARK}(?:{FILLER}(?:{_ALONE}|{_ORDINAL})|.*?{_OPTION})", re.DOTALL),
-    re.compile(f"{SENTENCE}{FILLER}(?:{_ALONE}|{_ORDINAL}|{_OPTION})"),
-    re.compile(
-        rf"\A[\W_]*(?:(?i:answer)\s+)?{_OPTION}"
-        rf"(?=[\W_]*\Z|\s+because\b|\s+{IS_CORRECT}|\s*[:.,)(\n](?!.*(?i:option)))",
-        re.DOTALL,
-    ),
-)
+from trl_steer.tasks.text import MARK, first, last
 
 
 def prompt(row: Row) -> str:
@@ -48,22 +37,35 @@ def answer(row: Row) -> str:
     return f"Option{row['answer']}"
 
 
-def extract(text: str) -> str | None:
-    """`Option1` or `Option2`: the first that follows `Answer:`; without it, the first that a sentence announces.
-
-    Without any announcement, a text that is nothing but an option.
-    """
-    found = next(by_rank(_RANKS, plain(text)), None)
-    return _NUMBERS[found[0].lower()] if found else None
+def strict(text: str) -> str | None:
+    """The last `Answer: Option1` or `Answer: Option2`."""
+    return _named(last(r"Answer: Option([12])\b", text))
 
 
-TASK = Task(
+def flexible(text: str) -> str | None:
+    """The number or the first option behind the last mark, else the last option of the text."""
+    option = r"(?i:option)\W{0,3}"
+    return _named(last(rf"{MARK}(?:(?s:.*?){option})??([12])\b", text) or last(rf"{option}([12])\b", text))
+
+
+def steerling(text: str) -> str | None:
+    """As the authors' code reads: the first option behind the first mark."""
+    return _named(first(r"(?is)answer\s*[:\-].*?\boption\s*([12])\b", text))
+
+
+def _named(number: str | None) -> str | None:
+    return number and f"Option{number}"
+
+
+TASK = Benchmark(
     name="winogrande",
     source={"dataset_path": "allenai/winogrande", "config": "winogrande_debiased"},
     prompt=prompt,
     completion=completion,
     answer=answer,
-    extract=extract,
+    strict=strict,
+    flexible=flexible,
+    steerling=steerling,
     splits={
         "default": validation_from_train(test="validation"),
         "steerling": halves_of("validation", 0.5, first="validation", second="test"),
