@@ -1,7 +1,6 @@
 """Reading answers from model outputs as they come: `messy/<task>.jsonl`, labelled by hand, a reason for each."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,16 +25,6 @@ CASES = [(benchmark, case) for benchmark in BENCHMARKS for case in labelled(benc
 )
 def test_messy_output_is_read_as_labelled(benchmark, case):
     assert get_task(benchmark).extract(case["text"]) == case["expected"], case["reason"]
-
-
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_there_are_forty_labelled_outputs_with_reasons_and_many_have_no_answer(benchmark):
-    cases = labelled(benchmark)
-    assert len({case["text"] for case in cases}) == len(cases) >= 40
-    assert all(case["reason"] for case in cases)
-    counts = Counter(case["expected"] for case in cases)
-    assert counts[None] >= 4
-    assert len(counts) >= 3
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

