@@ -99,19 +99,22 @@ def make_trainer(
     )
 
 
+TRAINABLE = ("steering_adapter.", ".lora_A.", ".lora_B.", "modules_to_save.", "trainable_tokens_delta")
+
+
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def assert_only_adapter_changed(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Trainable parameters are those of steering layers and copies of saved modules. All moved, nothing else did."""
+    """Trainable parameters are those of adapters and copies of saved modules. All moved, nothing else did."""
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     trainable = {name for name, parameter in after.items() if parameter.requires_grad}
-    assert any("post_block_steering" in name for name in trainable)
+    assert any("_steering." in name for name in trainable)
     for name, parameter in after.items():
         if name in trainable:
-            assert any(part in name for part in ("steering_adapter.", "modules_to_save.", "trainable_tokens_delta"))
+            assert any(part in name for part in TRAINABLE), name
             assert torch.isfinite(parameter).all(), name
             assert not torch.equal(parameter, before[name]), f"{name} did not train"
         else:

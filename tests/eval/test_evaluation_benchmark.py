@@ -14,12 +14,9 @@ def test_both_ways_answer_alike_and_give_one_ratio():
 
 
 def test_other_answers_are_an_error(monkeypatch):
-    def wrong(_model, _tokenizer, prompts, _device, texts):
-        def answer():
-            texts[evaluation.BATCHED] = ["<answer>1</answer>"] * len(prompts)
+    def wrong(lm, requests, **_):
+        return ["<answer>1</answer>"] * len(requests)
 
-        return answer
-
-    monkeypatch.setattr(evaluation, "_batched", wrong)
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", wrong)
     with pytest.raises(RuntimeError, match="batched evaluation changes answers"):
         list(evaluation.run("cpu", repeats=2, quick=True))

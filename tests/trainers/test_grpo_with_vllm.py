@@ -1,41 +1,37 @@
 """TRL gives vLLM merged weights, so post-block low rank cannot be served that way, and says so.
 
-vLLM itself is not needed: what TRL reads from the model is the generator `VLLMGeneration._iter_named_params`.
+vLLM itself is not needed: TRL calls `merge_adapter()`, sends what it finds under the names of the base model, and
+calls `unmerge_adapter()`.
 """
 
 import importlib.util
-import inspect
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from tiny_chat import tiny_model
-from trl.distributed import DistributedBackend
-from trl.generation.vllm_generation import VLLMGeneration
 from trl_cases import STEERING, make_trainer, snapshot, trained_peft_model
 
 from trl_steer import PostBlockSteeringConfig
 
 
-def weights_for_vllm(model: PeftModel):
-    """What TRL sends to vLLM, by TRL's own code, without starting vLLM."""
-    generation = object.__new__(VLLMGeneration)
-    generation.model = model
-    generation.accelerator = Accelerator(cpu=True)
-    generation._dist = DistributedBackend(generation.accelerator)
-    return generation._iter_named_params()
-
-
-def test_trl_still_merges_adapters_for_vllm():
-    assert "model.merge_adapter()" in inspect.getsource(VLLMGeneration._iter_named_params)
+def weights_for_vllm(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Merged weights under the names of the base model, which is left as it was."""
+    model.merge_adapter()
+    sent = {
+        name.removeprefix("base_model.model."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if model.prefix not in name
+    }
+    model.unmerge_adapter()
+    return sent
 
 
 def test_low_rank_is_refused_with_the_reason_and_the_way_out():
     model = trained_peft_model("low_rank")
     before = snapshot(model)
     with pytest.raises(ValueError, match="cannot be merged") as caught:
-        next(weights_for_vllm(model))
+        weights_for_vllm(model)
     message = str(caught.value)
     assert "multiplies the whole residual stream" in message  # why
     assert "use_vllm=True" in message  # what was asked for
@@ -45,7 +41,7 @@ def test_low_rank_is_refused_with_the_reason_and_the_way_out():
 
 def test_vector_on_blocks_without_bias_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="has no bias") as caught:
-        next(weights_for_vllm(trained_peft_model("vector")))
+        weights_for_vllm(trained_peft_model("vector"))
     assert "mlp_bias=True" in str(caught.value)
 
 
@@ -54,7 +50,7 @@ def test_vector_on_blocks_with_bias_reaches_vllm_under_the_names_of_the_base_mod
     names = {name for name, _ in base.named_parameters()}
     model = get_peft_model(base, PostBlockSteeringConfig(steering_type="vector", init_weights=False))
     before = snapshot(model)
-    sent = {name: tensor.clone() for name, tensor in weights_for_vllm(model)}
+    sent = weights_for_vllm(model)
     assert set(sent) == names
 
     ids = torch.arange(1, 13)[None]

@@ -1,19 +1,24 @@
-"""Every stock TRL trainer takes `peft_config=PostBlockSteeringConfig(...)`, with TRL's own default settings."""
+"""Every stock TRL trainer takes a configuration of ours as `peft_config`, with TRL's own default settings."""
 
 import pytest
 import torch
 from peft import PeftModel
 from tiny_chat import tiny_model
 from trl_cases import STEERING, assert_only_adapter_changed, dataset_for, logged, make_trainer, snapshot
+from tuner_cases import ROWS
 
 from trl_steer import PostBlockSteeringConfig
 
+# Trainers ask PEFT for what is the same in all rows of a tuner, so one of each is enough, and a vector.
+FIRST_OF_EACH_TUNER = {row.config_cls: name for name, row in reversed(ROWS.items())}
+ROWS_TO_TRAIN = sorted({"vector", *FIRST_OF_EACH_TUNER.values()})
 
-@pytest.mark.parametrize("steering_type", STEERING)
+
+@pytest.mark.parametrize("row", ROWS_TO_TRAIN)
 @pytest.mark.parametrize("trainer_name", ["sft", "dpo", "grpo", "kto", "reward", "rloo"])
-def test_two_steps_change_every_adapter_parameter_and_no_base_parameter(trainer_name, steering_type, tmp_path):
+def test_two_steps_change_every_adapter_parameter_and_no_base_parameter(trainer_name, row, tmp_path):
     task_type = "SEQ_CLS" if trainer_name == "reward" else "CAUSAL_LM"
-    config = PostBlockSteeringConfig(task_type=task_type, **STEERING[steering_type])
+    config = ROWS[row].config(fresh=True, task_type=task_type)
     trainer = make_trainer(trainer_name, tmp_path, peft_config=config)
     assert isinstance(trainer.model, PeftModel)
     assert trainer.args.gradient_checkpointing
@@ -24,12 +29,13 @@ def test_two_steps_change_every_adapter_parameter_and_no_base_parameter(trainer_
     assert trainer.state.global_step == 2
     assert_only_adapter_changed(trainer.model, before)
     base = tiny_model("reward" if trainer_name == "reward" else "llama").state_dict()
-    after = trainer.model.state_dict()
+    # PEFT's sequence classification always trains the head, in a copy beside the original; LoRA wraps linear layers
+    after = {
+        key.replace(".original_module.", ".").replace(".base_layer.", "."): tensor
+        for key, tensor in trainer.model.state_dict().items()
+    }
     for name, tensor in base.items():
-        # PEFT's sequence classification always trains the head, in a copy beside the original
-        key = f"base_model.model.{name}"
-        key = key if key in after else key.replace("score.", "score.original_module.")
-        assert torch.equal(after[key], tensor), name
+        assert torch.equal(after[f"base_model.model.{name}"], tensor), name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

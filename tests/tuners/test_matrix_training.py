@@ -1,11 +1,12 @@
-"""Gradients, gradient checkpointing and training steps, on every family of models, for every kind of adapter."""
+"""Gradients, gradient checkpointing and training steps, for every tuner, on families of models that differ."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from model_zoo import tiny_inputs, tiny_model
-from steering_cases import adapters_of, assert_same_weights, over_families, over_kinds, steer, weights_of
+from steering_cases import logits, parameters_of, steer, weights_of
+from tuner_cases import ROWS, over_cases, over_rows_on
 
 from trl_steer import steering_operator
 
@@ -17,7 +18,7 @@ def loss_of(model) -> torch.Tensor:
     return model(**inputs, labels=inputs["input_ids"]).loss
 
 
-def gradients(model, checkpointing) -> dict[str, torch.Tensor]:
+def gradients(model, checkpointing=None) -> dict[str, torch.Tensor]:
     model.train()
     if checkpointing is not None:
         model.enable_input_require_grads()
@@ -28,15 +29,14 @@ def gradients(model, checkpointing) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@over_kinds
-@over_families
-def test_gradients_are_equal_with_every_way_of_checkpointing(family, kind):
+@over_cases
+def test_gradients_are_equal_with_every_way_of_checkpointing(row, family):
     results = {
-        name: gradients(steer(tiny_model(family), kind), checkpointing)
-        for name, checkpointing in CHECKPOINTING.items()
+        name: gradients(steer(tiny_model(family), row), checkpointing) for name, checkpointing in CHECKPOINTING.items()
     }
     expected = results["off"]
-    model = steer(tiny_model(family), kind)
+    model = steer(tiny_model(family), row)
+    assert expected.keys() == parameters_of(model).keys()
     assert expected.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(gradient.abs().sum() > 0 for gradient in expected.values())
     for name in ("reentrant", "non-reentrant"):
@@ -45,52 +45,50 @@ def test_gradients_are_equal_with_every_way_of_checkpointing(family, kind):
             assert torch.equal(results[name][key], gradient), (name, key)
 
 
-@over_kinds
-@over_families
-def test_both_operators_give_the_same_gradients(family, kind):
-    expected = gradients(steer(tiny_model(family), kind), None)
+@over_cases
+def test_both_operators_give_the_same_gradients(row, family):
+    expected = gradients(steer(tiny_model(family), row))
     with steering_operator("plain"):
-        plain = gradients(steer(tiny_model(family), kind), None)
+        plain = gradients(steer(tiny_model(family), row))
     assert plain.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(plain[key], gradient, atol=1e-5, rtol=1e-3)
 
 
-@over_kinds
-@over_families
-def test_training_changes_every_adapter_parameter_and_nothing_else(family, kind):
+@over_cases
+def test_training_changes_every_adapter_parameter_and_nothing_else(row, family):
     base = tiny_model(family)
-    weights = weights_of(base)
-    model = steer(base, kind, init_weights=True).train()
-    before = [parameter.detach().clone() for adapter in adapters_of(model) for parameter in adapter.parameters()]
+    unsteered = logits(base)
+    model = steer(base, row, fresh=True)
+    before = weights_of(model)
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(3):  # with W_up = 0, W_down moves from the second step on
+    for _ in range(3):  # what multiplies a factor of zero moves from the second step on
         loss = loss_of(model)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    after = [parameter for adapter in adapters_of(model) for parameter in adapter.parameters()]
-    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    assert_same_weights(base, weights)
+    after = model.state_dict()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == parameters_of(model).keys()
+    with model.eval().disable_adapter():
+        assert torch.equal(logits(model), unsteered)
 
 
-@over_kinds
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_fp32_adapters_train_on_a_bf16_model(family, kind):
-    model = steer(tiny_model(family, dtype=torch.bfloat16), kind)
+@over_rows_on("llama", "gpt2", "mixtral")
+def test_fp32_adapters_train_on_a_bf16_model(row, family):
+    model = steer(tiny_model(family, dtype=torch.bfloat16), row)
     for gradient in gradients(model, {"use_reentrant": False}).values():
         assert gradient.dtype == torch.float32
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "silu"])
-def test_dropout_is_active_in_training_only(kind):
-    model = steer(tiny_model(), kind, dropout=0.5)
-    with torch.no_grad():
-        evaluated = model(**tiny_inputs()).logits
-        assert torch.equal(model(**tiny_inputs()).logits, evaluated)
-        model.train()
-        assert not torch.equal(model(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if name.endswith(("low_rank", "silu"))])
+def test_dropout_is_active_in_training_only(row):
+    model = steer(tiny_model(), row, dropout=0.5)
+    evaluated = logits(model)
+    assert torch.equal(logits(model), evaluated)
+    model.train()
+    assert not torch.equal(logits(model), logits(model))

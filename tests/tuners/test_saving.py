@@ -4,12 +4,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_chat import tiny_model
+from tuner_cases import ROWS, over_rows
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig
+from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 
 CASES = {
     "steering": (PostBlockSteeringConfig(r=2), "steering_adapter.default.up"),
     "vector": (PostBlockSteeringConfig(steering_type="vector"), "steering_adapter.default.vector"),
+    "sublayer": (SublayerSteeringConfig(r=2), "sublayer_steering.steering_adapter.default.up"),
     "joint, steering half": (JointSteeringConfig(r=2), "lora_steering_adapter.default.down"),
     "joint, LoRA half": (JointSteeringConfig(r=2), "down_proj.lora_B.default.weight"),
     "saved module": (PostBlockSteeringConfig(modules_to_save=["lm_head"]), "modules_to_save.default.weight"),
@@ -34,7 +36,7 @@ def test_what_zero3_leaves_of_a_parameter_is_refused_by_name(config, leaf, tmp_p
     assert name in assert_refused(model, tmp_path, "which holds nothing")
 
 
-@pytest.mark.parametrize("case", ["steering", "joint, steering half", "joint, LoRA half"])
+@pytest.mark.parametrize("case", ["steering", "sublayer", "joint, steering half", "joint, LoRA half"])
 def test_a_flat_piece_of_a_matrix_is_refused_by_name(case, tmp_path):
     config, leaf = CASES[case]
     model = get_peft_model(tiny_model(), config)
@@ -43,9 +45,9 @@ def test_a_flat_piece_of_a_matrix_is_refused_by_name(case, tmp_path):
     assert named in assert_refused(model, tmp_path, "a matrix is expected", state_dict=state)
 
 
-@pytest.mark.parametrize("config", [PostBlockSteeringConfig(), JointSteeringConfig()], ids=["steering", "joint"])
-def test_a_state_dict_without_the_adapter_is_refused(config, tmp_path):
-    model = get_peft_model(tiny_model(), config)
+@over_rows
+def test_a_state_dict_without_the_adapter_is_refused(row, tmp_path):
+    model = get_peft_model(tiny_model(), ROWS[row].config())
     assert_refused(model, tmp_path, "no tensor of adapter 'default'", state_dict={})
 
 

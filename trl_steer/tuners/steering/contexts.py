@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Entry(Generic[T]):
-    """A value in force until it is removed."""
+    """A value in force until it is removed, and `None` from then on, since other contexts may still hold this."""
 
     def __init__(self, value: T):
-        self.value = value
+        self.value: T | None = value
         self.is_open = True
 
 
@@ -32,7 +32,10 @@ class ContextStack(Generic[T]):
         self._entries: ContextVar[tuple[Entry[T], ...]] = ContextVar(name, default=())
 
     def __iter__(self) -> Iterator[T]:
-        return (entry.value for entry in reversed(self._entries.get()) if entry.is_open)
+        for entry in reversed(self._entries.get()):
+            value = entry.value  # before the look, because another thread may remove it in between
+            if entry.is_open and value is not None:
+                yield value
 
     def has(self, entry: Entry[T]) -> bool:
         """Whether a value has been added here and is still in force."""
@@ -52,6 +55,7 @@ class ContextStack(Generic[T]):
         """Takes a value out again, also from other contexts, for example where a generator is closed by another task
         than the one that ran it."""
         entry.is_open = False
+        entry.value = None
         self._entries.set(self._open())
 
     def _open(self) -> tuple[Entry[T], ...]:

@@ -90,8 +90,8 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
     @classmethod
     def current(cls) -> str:
         """Name of the operator in force here."""
-        block, calls = cls._blocks.innermost(), cls._calls
-        return block.value if block is not None else calls[-1].name if calls else OPERATORS[0]
+        block, calls = next(iter(cls._blocks), None), cls._calls
+        return block if block is not None else calls[-1].name if calls else OPERATORS[0]
 
 
 def low_rank_update(
