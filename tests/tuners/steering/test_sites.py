@@ -14,6 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig
 
 from trl_steer import steering_operator
 from trl_steer.tuners.steering import SITES, BlockAnatomy
+from trl_steer.tuners.steering.ops.low_rank import OPERATORS
 from trl_steer.tuners.steering.sites import get_hidden
 
 
@@ -180,12 +181,7 @@ def test_a_model_without_the_site_is_refused_and_stays_whole():
 
 
 # Falcon with parallel attention adds the attention's output to what its MLP returns in place.
-FALCON_WRITES = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="the memory-efficient operator keeps its output, which is written into"
-)
-
-
-@pytest.mark.parametrize("operator", [pytest.param("memory_efficient", marks=FALCON_WRITES), "plain"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_an_update_that_the_block_writes_into_trains(operator):
     model = steer(tiny_model("falcon"), "post_mlp-low_rank").train()
     inputs = tiny_inputs()

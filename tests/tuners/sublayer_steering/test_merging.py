@@ -230,18 +230,38 @@ def test_one_of_several_that_cannot_be_merged_keeps_all_from_it():
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="what is merged first is in the hidden state that the next one reads")
 @pytest.mark.parametrize("site", SITES)
 def test_adapters_merged_one_after_the_other_are_those_merged_at_once(site):
     model = several([f"{site}-low_rank", f"{site}-low_rank", f"{site}-vector"])
     weights, expected = weights_of(model), logits(model)
     model.merge_adapter(["adapter0"])
-    torch.testing.assert_close(logits(model), expected, atol=1e-10, rtol=1e-10)
+    with pytest.raises(ValueError, match="'adapter1' is active where adapter0 is merged"):
+        logits(model)
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["adapter1", "adapter2"])
     torch.testing.assert_close(logits(model), expected, atol=1e-10, rtol=1e-10)
     model.unmerge_adapter()
     assert_same_weights(model, weights)
+
+
+def test_a_vector_may_be_merged_beside_another_one():
+    model = several(["post_mlp-vector", "post_mlp-vector", "pre_mlp-low_rank"])
+    expected = logits(model)
+    model.merge_adapter(["adapter0"])
+    torch.testing.assert_close(logits(model), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_further_merge_that_fails_leaves_the_first_one_merged():
+    model = several(["post_mlp-low_rank", "post_mlp-silu"])
+    model.merge_adapter(["adapter0"])
+    weights = weights_of(model)
+    with (
+        pytest.warns(UserWarning, match="additionally merging"),
+        pytest.raises(ValueError, match="'adapter1' cannot be merged"),
+    ):
+        model.merge_adapter(["adapter1"])
+    assert_same_weights(model, weights)
+    assert all(layer.merged_adapters == ["adapter0"] for layer in layers_of(model))
 
 
 # 16 bits

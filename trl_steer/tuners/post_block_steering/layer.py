@@ -66,6 +66,10 @@ class LowRankAdapter(SteeringAdapter):
             )
         scaling = self.scaling if scaling is None else scaling
         dropout = self.dropout if self.training else 0.0
+        if residual is None and self.site in ("post_attn", "post_mlp"):
+            # What leaves attention and MLP is added to the residual stream, and nothing else keeps it. So keeping it
+            # for the backward pass saves no memory, and a block may write into it (Falcon's does).
+            residual = h
         return low_rank_update(h, down, up, scaling, self.activation, dropout, residual)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
@@ -102,6 +106,7 @@ class VectorAdapter(SteeringAdapter):
         vector (`nn.Parameter`): (d,), zero at first.
     """
 
+    is_offset = True
     structural_fields = ("steering_type", "activation")
     vector: torch.Tensor
 

@@ -61,6 +61,7 @@ class SteeringAdapter(nn.Module):
         scaling (`float`): Strength of the update, saved with the adapter.
         contexts (`int`): How many [`adapter_scaling`] contexts this adapter is in, in whatever thread or task.
         starts_at_identity (`bool`): Whether a fresh adapter is exactly the base model.
+        is_offset (`bool`): Whether the update is the same whatever the hidden state is.
         structural_fields (`tuple[str, ...]`):
             Fields of the configuration that must agree where adapters are summed or swapped for each other.
         size_fields (`tuple[str, ...]`): Fields that decide shapes, which must agree where adapters are swapped.
@@ -68,6 +69,7 @@ class SteeringAdapter(nn.Module):
     """
 
     starts_at_identity: ClassVar[bool] = True
+    is_offset: ClassVar[bool] = False
     structural_fields: ClassVar[tuple[str, ...]] = ()
     size_fields: ClassVar[tuple[str, ...]] = ()
     setting_fields: ClassVar[tuple[str, ...]] = ()

@@ -180,8 +180,21 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         for name in (active,) if isinstance(active, str) else active:
             adapter = adapters.get(name)
             if adapter is not None and name not in merged and (site is None or adapter.site == site):
+                if merged:
+                    self._check_beside_merged(name, adapter)
                 steered = adapter(hidden, steered, scaling=self.strength(name))
         return hidden if steered is None else steered
+
+    def _check_beside_merged(self, name: str, adapter: Any) -> None:
+        """Adapters that are active together read the same hidden state. Beside a merged one, only offsets still do."""
+        others = [self.adapters[other] for other in self.merged_adapters if other in self.adapters]
+        others = [other for other in others if other.site == adapter.site]
+        if others and not all(each.is_offset for each in (adapter, *others)):
+            raise ValueError(
+                f"Adapter {name!r} is active where {', '.join(self.merged_adapters)} is merged, and would read a "
+                "hidden state that is steered already. Merge them together with `merge_adapter`, or call "
+                "`unmerge_adapter`."
+            )
 
     def _forward_per_row(self, hidden: torch.Tensor, adapter_names: Sequence[str], site: str | None) -> torch.Tensor:
         if self.merged:

@@ -13,7 +13,7 @@ and once merged, and looked at.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,6 +49,9 @@ class MergedTensor(NamedTuple):
 def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """Merges adapters (the active ones by default) into linear layers of the base model.
 
+    Adapters that are active together read the same hidden state. So what is merged already is taken out, and merged
+    again together with the new ones.
+
     Raises:
         ValueError: Some update cannot be merged exactly. The message says which and why; nothing has changed then.
     """
@@ -57,10 +60,18 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
         if name not in tuner.peft_config:
             raise ValueError(f"There is no adapter {name!r} to merge; this model has {sorted(tuner.peft_config)}.")
     layers = {name: layer for name, layer in tuner.named_steering_layers() if set(names) & set(layer.adapters)}
-    updates = {name: _updates(layer, names) for name, layer in layers.items()}
+    new = {
+        name: [adapter for adapter in check_adapters_to_merge(layer, names) if adapter in layer.adapters]
+        for name, layer in layers.items()
+    }
+    layers = {name: layer for name, layer in layers.items() if new[name]}
+    together = {name: layer.merged_adapters + new[name] for name, layer in layers.items()}
+    updates = {name: _updates(layer, together[name]) for name, layer in layers.items()}
     shared = _shared_parameters(tuner.model)
     done: list[tuple[Any, MergedTensor]] = []
-    try:
+    with _as_before_on_failure(layers.values(), done):
+        for layer in layers.values():
+            unmerge(layer)
         with base_model(tuner.model, layers):
             calls = block_calls(tuner.model, layers)
             for name, layer in layers.items():
@@ -76,14 +87,29 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
                             )
                         merged.parameter.data = merged.after.clone()  # which other adapters may write into
                         done.append((layer, merged))
+    for layer, merged in done:
+        layer.merged_tensors.append(merged)
+    for name, layer in layers.items():
+        layer.merged_adapters[:] = together[name]
+
+
+@contextmanager
+def _as_before_on_failure(layers: Iterable[Any], done: list[tuple[Any, MergedTensor]]) -> Iterator[None]:
+    before = [
+        (layer, list(layer.merged_adapters), [(tensor, tensor.parameter.data) for tensor in layer.merged_tensors])
+        for layer in layers
+    ]
+    try:
+        yield
     except BaseException:
         for _, merged in reversed(done):
             merged.parameter.data = merged.before
+        for layer, names, tensors in before:
+            layer.merged_adapters[:] = names
+            layer.merged_tensors[:] = [tensor for tensor, _ in tensors]
+            for tensor, data in tensors:
+                tensor.parameter.data = data
         raise
-    for layer, merged in done:
-        layer.merged_tensors.append(merged)
-    for layer in layers.values():
-        layer.merged_adapters += [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
 
 
 def unmerge(layer: Any) -> None:
@@ -132,7 +158,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
     """For each site of a block, the sum of the updates to merge there."""
     parts: dict[str, list[AffineUpdate]] = {}
-    for name in [name for name in check_adapters_to_merge(layer, names) if name in layer.adapters]:
+    for name in names:
         adapter = layer.adapters[name]
         try:
             if adapter.is_offloaded():
