@@ -96,7 +96,7 @@ def test_the_core_names_no_tuner():
     tuners = CHECKOUT / "trl_steer" / "tuners"
     names = {folder.name for folder in tuners.iterdir() if (folder / "model.py").is_file()} - {"steering"}
     assert {"post_block_steering", "sublayer_steering", "joint_steering"} <= names
-    words = re.compile("|".join([*names, "lora", "joint"]), re.IGNORECASE)
+    words = re.compile(rf"\b(?:{'|'.join(names)})\b|lora|joint", re.IGNORECASE)
     files = list((tuners / "steering").rglob("*.py"))
     assert (tuners / "steering" / "layer.py") in files
     assert not {file.name: found for file in files if (found := words.findall(file.read_text(encoding="utf-8")))}

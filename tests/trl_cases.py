@@ -111,7 +111,7 @@ def assert_only_adapter_changed(model: nn.Module, before: dict[str, torch.Tensor
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     trainable = {name for name, parameter in after.items() if parameter.requires_grad}
-    assert any("_steering." in name for name in trainable)
+    assert any("steering_adapter." in name for name in trainable)
     for name, parameter in after.items():
         if name in trainable:
             assert any(part in name for part in TRAINABLE), name
