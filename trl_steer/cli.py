@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        return _load(arguments[0])(arguments[1:], f"trl-steer {arguments[0]}")
+        name = f"trl-steer {arguments[0]}"
+        try:
+            return _load(arguments[0])(arguments[1:], name)
+        except KeyboardInterrupt:  # of a command that keeps nothing, or before it could say what it keeps
+            print(f"\n{name}: stopped.", file=sys.stderr)
+            return 130
     # What is left is --help, --version or a mistake; argparse answers each and exits.
     parser.parse_args(arguments)
     parser.print_help()
