@@ -18,6 +18,7 @@ def split(argv: Sequence[str] | None = None, prog: str = "trl-steer split") -> i
     args = parser.parse_args(argv)
 
     def action() -> None:
+        _check_there(args.folder)
         from trl_steer.tuners.joint_steering.folders import split_adapter
 
         split_adapter(args.folder, args.lora, args.steering)
@@ -34,11 +35,26 @@ def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int
     args = parser.parse_args(argv)
 
     def action() -> None:
+        _check_there(args.lora)
+        _check_there(args.steering)
         from trl_steer.tuners.joint_steering.folders import join_adapters
 
         join_adapters(args.lora, args.steering, args.folder)
 
     return _run(prog, action)
+
+
+def _check_there(adapter: str) -> None:
+    """Looks whether there can be such an adapter, which takes no time."""
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (path / name).exists():
+                raise FileNotFoundError(f"Can't find weights in {adapter}: there is no {name}.")
+    elif path.exists():
+        raise NotADirectoryError(f"{adapter} is a file; give the folder of an adapter.")
+    elif adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder {adapter}, and a Hub id has the form OWNER/NAME.")
 
 
 def _run(prog: str, action: Callable[[], None]) -> int:

@@ -13,6 +13,7 @@ from . import preset
 def main(argv: Sequence[str] | None = None, prog: str = "trl-steer demo") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage=f"{prog} [options]",
         description="Trains a steering adapter on generated ListOps expressions with TRL, scores the base model and "
         "the adapter with lm-eval, and compares them with what needs no model. Run again, it goes on where it was.",
     )
