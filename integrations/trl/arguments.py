@@ -135,6 +135,12 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
         raise ArgumentError(str(error)) from error
     if ours.method in presets.STEERING_TYPES:
         ours.steering_type = ours.method  # type: ignore[assignment]
+    has_lora = ours.method in ("lora", *presets.JOINT)
+    if "use_peft" in given and (str(given["use_peft"]).lower() in ("true", "1", "yes")) != has_lora:
+        raise ArgumentError(
+            f"--use_peft is TRL's way to ask for LoRA, and --method {ours.method} has {'a' if has_lora else 'no'} LoRA "
+            "half. Leave it out; --method lora, joint and joint_orth have LoRA."
+        )
     request = Request(given, ours)
     for name, value in request.settings().values.items():
         if name in own:

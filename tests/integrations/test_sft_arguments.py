@@ -75,6 +75,7 @@ WRONG = {
     "config without names": (["--config", "list.yaml"], ["list.yaml must hold names and values"]),
     "mistyped config": (["--config", "mistyped.yaml"], ["mistyped.yaml", "methd", "did you mean method?"]),
     "wrong value in config": (["--config", "words.yaml"], ["steering_r must be an integer"]),
+    "LoRA for steering alone": (["--use_peft"], ["--method low_rank has no LoRA half", "--method lora"]),
     "unknown task": (["--task", "booq"], ["no task named 'booq'", "boolq"]),
     "no such model": (["--model_name_or_path", "./nowhere"], ["./nowhere", "no such folder"]),
     "folder without a model": (["--model_name_or_path", "no_model"], ["no config.json"]),

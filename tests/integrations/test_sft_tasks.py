@@ -43,7 +43,7 @@ def test_adapter_trained_on_a_task_is_scored_by_the_task_of_that_name(hub, model
     assert train(model_folder, tmp_path, "--task", benchmark) == 0
     lm = HFLM(pretrained=model_folder, peft=str(tmp_path), batch_size=2, device="cpu")
     scores = evaluate(lm, [f"steer_{benchmark}"], limit=2)[f"steer_{benchmark}"]
-    assert 0.0 <= scores["exact_match"] <= 1.0
+    assert 0.0 <= scores["exact_match,strict"] <= 1.0
     assert lm.model.peft_config["default"].peft_type == "POST_BLOCK_STEERING"
 
 
@@ -52,7 +52,7 @@ def test_joint_adapter_is_trained_on_a_task_with_the_settings_of_the_authors_cod
     where = ["--model_name_or_path", model_folder, "--output_dir", str(tmp_path), "--use_cpu"]
     assert sft.joint([*where, *size, "--task", "boolq", "--preset", "steerling"]) == 0
     lm = HFLM(pretrained=model_folder, peft=str(tmp_path), batch_size=2, device="cpu")
-    assert 0.0 <= evaluate(lm, ["steer_boolq"], limit=2)["steer_boolq"]["exact_match"] <= 1.0
+    assert 0.0 <= evaluate(lm, ["steer_boolq"], limit=2)["steer_boolq"]["exact_match,strict"] <= 1.0
     assert lm.model.peft_config["default"].peft_type == "JOINT_STEERING"
 
 

@@ -207,7 +207,7 @@ def test_fsdp_is_refused_in_version_1_only(version, refused, tmp_path, monkeypat
 
 
 def test_the_command_trains_both_halves_from_a_recipe(tmp_path):
-    from trl_steer.integrations.trl import joint
+    from trl_steer.integrations.trl import sft
 
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -220,7 +220,7 @@ def test_the_command_trains_both_halves_from_a_recipe(tmp_path):
         f"output_dir: {tmp_path / 'out'}\nmax_steps: 2\nuse_cpu: true\nbf16: false\nreport_to: none\n"
         "lora_r: 4\nsteering_r: 2\n"
     )
-    assert joint.main(["--config", str(recipe)]) == 0
+    assert sft.joint(["--config", str(recipe)]) == 0
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "out")
     assert type(loaded.peft_config["default"]) is JointSteeringConfig
     assert loaded.peft_config["default"].r == 4
@@ -236,7 +236,7 @@ def test_the_command_trains_both_halves_from_a_recipe(tmp_path):
     ],
 )
 def test_the_command_says_in_one_line_what_it_refuses(more, status, said, tmp_path, capsys):
-    from trl_steer.integrations.trl import joint
+    from trl_steer.integrations.trl import sft
 
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -244,7 +244,7 @@ def test_the_command_says_in_one_line_what_it_refuses(more, status, said, tmp_pa
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in dataset_for("sft")))
     argv = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
     argv += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
-    assert joint.main([*argv, *more]) == status
+    assert sft.joint([*argv, *more]) == status
     shown = capsys.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
