@@ -138,8 +138,8 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
     has_lora = ours.method in ("lora", *presets.JOINT)
     if "use_peft" in given and (str(given["use_peft"]).lower() in ("true", "1", "yes")) != has_lora:
         raise ArgumentError(
-            f"--use_peft is TRL's way to ask for LoRA, and --method {ours.method} has {'a' if has_lora else 'no'} LoRA "
-            "half. Leave it out; --method lora, joint and joint_orth have LoRA."
+            f"--use_peft is TRL's way to ask for LoRA, and --method {ours.method} has "
+            f"{'a' if has_lora else 'no'} LoRA half. Leave it out; --method lora, joint and joint_orth have LoRA."
         )
     request = Request(given, ours)
     for name, value in request.settings().values.items():
