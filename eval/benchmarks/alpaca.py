@@ -33,26 +33,27 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
     """Yields the ratio of both, requests, files and metrics included; nothing for a GPU or without the package."""
     if device != "cpu" or importlib.util.find_spec("alpaca_eval") is None:
         return
-    from ..alpaca_eval import judges, judging, package, reference, rows
-    from ..alpaca_eval.completions import Settings
+    from ..alpaca_eval import judges, judging, reference, upstream
+    from ..alpaca_eval.client import Client
 
     count = 24 if quick else ROWS
     with tempfile.TemporaryDirectory() as scratch, _server() as url:
         folder = Path(scratch)
         _write(folder, count)
         known = reference.load(folder)
-        outputs = rows.read(folder / rows.OUTPUTS, known.rows)
+        outputs = reference.read_outputs(folder / reference.OUTPUTS, known)
         judge = judges.resolve(judges.LEADERBOARD, endpoint=url)
         numbers: dict[str, float] = {}
         fresh = (folder / str(number) for number in itertools.count())
 
         def ours() -> None:
             place = next(fresh)
-            judged = judging.ask(outputs, known, judge, place / "cache", Settings(IN_FLIGHT), lambda estimate: None)
-            result = judging.evaluate(judged, outputs, known, judge, place)
+            client = Client(url, in_flight=IN_FLIGHT)
+            judged = judging.ask(outputs, known, judge, client, place / "cache", lambda cost: None)
+            result = judging.evaluate(*judged, outputs, known, judge, place)
             numbers[OURS] = result["length_controlled_winrate"]
 
-        theirs = _package_alone(package.load(), folder, url, fresh, numbers)
+        theirs = _package_alone(upstream.load(), folder, url, fresh, numbers)
         with _silent():
             times = alternate({OURS: ours, THEIRS: theirs}, repeats, device)
     if abs(numbers[OURS] - numbers[THEIRS]) > 1e-6:
@@ -73,7 +74,7 @@ def _package_alone(
     client = {"http_client": openai.DefaultHttpxClient()}
 
     def judge() -> None:
-        from ..alpaca_eval.metrics import local_table
+        from ..alpaca_eval.judging import local_table
 
         place = next(fresh)
         place.mkdir()

@@ -1,0 +1,229 @@
+"""Answers of a model, which is loaded here or served elsewhere."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_steer.tasks import alpaca
+
+from . import thoughts
+from .client import Client, EndpointError
+from .thoughts import Output
+
+AUTO, CHAT, ALPACA = "auto", "chat", "alpaca"
+# Stands for the instruction where a prompt is shown.
+PLACE = "{instruction}"
+# What decides a model's outputs in its folder.
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+
+
+def alpaca_prompt(instruction: str) -> str:
+    return alpaca.prompt({"instruction": instruction, "input": ""})
+
+
+def messages(instruction: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": instruction}]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to write. Greedy at temperature 0."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[Any, Any, dict[str, Any]]:
+    """Loads a model as `AutoPeftModelForCausalLM` does: with the tokenizer in the adapter's folder, where there is
+    one, and as many embeddings as that needs.
+
+    Returns:
+        The model, its tokenizer, and what was loaded: `model`, `adapter` and the numbers of `parameters` of each.
+
+    Raises:
+        ValueError: if there are two adapters, or one that names no base model.
+        OSError: if there is no model.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+
+    if Path(model).is_dir() and not any(Path(model).glob("*config.json")):
+        raise FileNotFoundError(
+            f"{model} has neither config.json nor adapter_config.json; expected a checkpoint or an adapter folder, "
+            "such as the output_dir of a finished training, or a checkpoint-N in it."
+        )
+    revision = "main"
+    if find_adapter_config_file(model) is not None:
+        config = PeftConfig.from_pretrained(model)
+        if adapter is not None or not config.base_model_name_or_path:
+            raise ValueError(f"{model} is an adapter; name its base model by --model and one adapter by --adapter.")
+        model, adapter, revision = config.base_model_name_or_path, model, config.revision or revision
+    source = adapter if adapter is not None and _has_tokenizer(adapter) else model
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=revision)
+    parameters: dict[str, int | None] = {"base": loaded.num_parameters(), "adapter": None}
+    if adapter is not None:
+        if source == adapter and len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
+            loaded.resize_token_embeddings(len(tokenizer))
+        before = loaded.num_parameters()
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+        parameters["adapter"] = sum(each.numel() for each in loaded.parameters()) - before
+    return loaded, tokenizer, {"model": model, "adapter": adapter, "parameters": parameters}
+
+
+def _has_tokenizer(adapter: str) -> bool:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(adapter, "tokenizer_config.json") is not None
+    except OSError:
+        return False
+
+
+class LocalModel:
+    """A model on this machine: a checkpoint, an adapter on top, or a folder that a TRL script wrote.
+
+    Args:
+        model (`str`), adapter (`str`, *optional*), dtype (`str`): See [`load`].
+        prompt (`str`): `chat`, `alpaca`, or `auto`, which is chat where the tokenizer has a template.
+        sampling (`Sampling`), pattern (`re.Pattern`, *optional*): How to write, and what is a thought.
+        device (`str`, *optional*): By default the accelerator, if there is one.
+
+    Raises:
+        ValueError, OSError: as [`load`]; also if there is no chat template for a chat.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapter: str | None,
+        prompt: str,
+        sampling: Sampling,
+        pattern: re.Pattern[str] | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+    ):
+        import torch
+
+        self._seed, self._pattern = sampling.seed, pattern
+        loaded, self.tokenizer, self.description = load(model, adapter, dtype)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if prompt == CHAT and not self.tokenizer.chat_template:
+            raise ValueError("--prompt chat was given, but the tokenizer has no chat template; use --prompt alpaca.")
+        self._is_chat = prompt != ALPACA and bool(self.tokenizer.chat_template)
+        if device is None:
+            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            device = found.type if found else "cpu"
+        self.model = loaded.to(device).eval()
+        self.model.generation_config = self._generation_config(sampling)
+        # A template may have opened a thought already.
+        self._opened = thoughts.OPENING if self.text(PLACE).rstrip().endswith(thoughts.OPENING) else ""
+        self.description |= {
+            "weights": _fingerprint(self.description["model"], adapter or model, loaded.config),
+            "prompt_form": CHAT if self._is_chat else ALPACA,
+            "prompt": self.text(PLACE),
+        }
+
+    def _generation_config(self, sampling: Sampling) -> Any:
+        from transformers import GenerationConfig
+
+        # The tokens that begin and end a text are the model's; how it writes is for `Sampling` alone to say, and what
+        # that leaves open `generate` would take from the model: a repetition penalty, a number of beams.
+        theirs = self.model.generation_config
+        ends = {"bos_token_id": theirs.bos_token_id, "eos_token_id": theirs.eos_token_id}
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        chosen = drawn if sampling.temperature > 0 else {"do_sample": False}
+        pad = self.tokenizer.pad_token_id
+        return GenerationConfig(**ends, **chosen, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad)
+
+    def text(self, instruction: str) -> str:
+        """The prompt for an instruction."""
+        if not self._is_chat:
+            return alpaca_prompt(instruction)
+        chat = messages(instruction)
+        return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+
+    def answer(self, instructions: list[str]) -> list[Output]:
+        """What the model writes for each instruction; for one seed and one batch always the same."""
+        import torch
+
+        texts = [self.text(instruction) for instruction in instructions]
+        # A chat template writes the tokens that begin a text itself.
+        batch = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not self._is_chat)
+        # Seeded by what is in the batch, so that a run that was cut off draws the same numbers when it goes on.
+        identity = "\0".join([str(self._seed), *instructions])
+        torch.manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) >> 1)
+        with torch.no_grad():
+            tokens = self.model.generate(**batch.to(self.model.device))
+        return [self._read(ids) for ids in tokens[:, batch["input_ids"].shape[1] :]]
+
+    def _read(self, ids: Any) -> Output:
+        # Tags of thoughts are special tokens in some models.
+        answer, thought = thoughts.split(self._opened + self.tokenizer.decode(ids), self._pattern)
+        if not thought:
+            return Output(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        for token in self.tokenizer.all_special_tokens:
+            answer = answer.replace(token, "")
+        return Output(answer.strip(), thought)
+
+
+def _fingerprint(model: str, adapter: str, config: Any) -> str:
+    """Tells apart what was loaded from the same place at another time, after a new training for example."""
+    files = sorted(file for source in {model, adapter} for name in _WEIGHTS for file in Path(source).glob(name))
+    state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    commit = str(getattr(config, "_commit_hash", None))  # of what came from the Hub
+    return hashlib.sha256("\n".join([commit, *state]).encode()).hexdigest()[:16]
+
+
+class ServedModel:
+    """A model behind an OpenAI-compatible endpoint, a vLLM server for example, which applies its chat template.
+
+    Args:
+        model (`str`), client (`Client`): The name under which the server knows it, and the server.
+        prompt (`str`), sampling (`Sampling`), pattern (`re.Pattern`, *optional*): As for [`LocalModel`].
+        allow_empty (`bool`): Whether an answer without text, a refusal for example, counts as an empty one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        client: Client,
+        prompt: str,
+        sampling: Sampling,
+        pattern: re.Pattern[str] | None,
+        allow_empty: bool = False,
+    ):
+        self._client, self._pattern, self._allow_empty = client, pattern, allow_empty
+        self._is_alpaca = prompt == ALPACA
+        self._body = {"model": model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        if sampling.temperature > 0:  # many reasoning models refuse these
+            self._body |= {"seed": sampling.seed} | ({"top_p": sampling.top_p} if sampling.top_p < 1 else {})
+        self.description = {"model": model, "prompt_form": prompt, **self._put(PLACE)}
+
+    def _put(self, instruction: str) -> dict[str, Any]:
+        if self._is_alpaca:
+            return {"prompt": alpaca_prompt(instruction)}
+        return {"messages": messages(instruction)}
+
+    def answer(self, instructions: list[str]) -> list[Output]:
+        """One output for each instruction. Raises `EndpointError` if an answer is missing or has no text."""
+        return [self._one(instruction) for instruction in instructions]
+
+    def _one(self, instruction: str) -> Output:
+        choice = self._client.complete({**self._body, **self._put(instruction)})["choices"][0]
+        message = choice.get("message") or {}
+        text = thoughts.content(choice)
+        if text is None and not self._allow_empty:
+            raise EndpointError(
+                f"{thoughts.why_empty(choice)} Raise --max-new-tokens (with a new --output), or pass --allow-empty to "
+                "count such answers as empty outputs."
+            )
+        output = thoughts.split(text or "", self._pattern)
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        return Output(output.text, f"{reasoning}{output.thought}")
