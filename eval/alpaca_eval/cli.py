@@ -34,7 +34,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False or action.default == []
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -95,8 +96,8 @@ def _add_asking(add: Callable[..., argparse.Action], what: str) -> None:
     add("--reference", type=Path, metavar="FOLDER", help="copies of the reference files (default: fetch them)")
     thought = "take what a model thinks before it answers out of the answer"
     add("--strip-thoughts", action=argparse.BooleanOptionalAction, default=True, help=thought)
-    pattern = "what is a thought (default: between <think> and </think>, and tags like them)"
-    add("--thought-pattern", type=_pattern, default=re.compile(thoughts.PATTERN, re.S), metavar="REGEX", help=pattern)
+    pattern = "what is a thought; a dot matches line ends too"
+    add("--thought-pattern", type=_pattern, default=thoughts.PATTERN, metavar="REGEX", help=pattern)
     add("--endpoint", metavar="URL", help=f"base URL of an OpenAI-compatible server that {what}")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key (default: OPENAI_API_KEY)")
     add("--in-flight", type=_count, default=5, help="requests at a time")
@@ -110,7 +111,7 @@ def _number(kind: type, least: float, text: str) -> Any:
     except ValueError:
         value = math.nan
     if not least <= value < math.inf:  # not a number is refused too
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__} of at least {least:g}, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least {least:g}, got {text}")
     return value
 
 

@@ -19,7 +19,8 @@ class DeclinedError(RuntimeError):
 
 def generate(arguments: argparse.Namespace) -> int:
     """Writes a model's outputs."""
-    from .models import LocalModel, Sampling, ServedModel
+    from .local_model import LocalModel, Sampling
+    from .served_model import ServedModel
 
     if arguments.endpoint is not None and arguments.adapter is not None:
         raise ValueError("--adapter was given with --endpoint; the server has to load the adapter.")

@@ -17,7 +17,7 @@ from tiny_chat import tiny_model, tiny_tokenizer
 from trl_steer import PostBlockSteeringConfig
 from trl_steer.eval.alpaca_eval import cli, generation
 from trl_steer.eval.alpaca_eval.journal import Journal
-from trl_steer.eval.alpaca_eval.models import LocalModel, Sampling
+from trl_steer.eval.alpaca_eval.local_model import LocalModel, Sampling
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0, top_p=1.0, seed=0)
 SAMPLED = Sampling(max_new_tokens=6, temperature=1.0, top_p=0.95, seed=0)

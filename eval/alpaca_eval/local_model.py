@@ -1,4 +1,4 @@
-"""Answers of a model, which is loaded here or served elsewhere."""
+"""Answers of a model on this machine."""
 
 import hashlib
 import re
@@ -9,7 +9,6 @@ from typing import Any
 from trl_steer.tasks import alpaca
 
 from . import thoughts
-from .client import Client, EndpointError
 from .thoughts import Output
 
 AUTO, CHAT, ALPACA = "auto", "chat", "alpaca"
@@ -31,7 +30,7 @@ def messages(instruction: str) -> list[dict[str, str]]:
 class Sampling:
     """How to write. Greedy at temperature 0."""
 
-    max_new_tokens: int
+    max_new_tokens: int = 2048
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -101,9 +100,9 @@ class LocalModel:
     def __init__(
         self,
         model: str,
-        adapter: str | None,
-        prompt: str,
-        sampling: Sampling,
+        adapter: str | None = None,
+        prompt: str = AUTO,
+        sampling: Sampling = Sampling(),
         pattern: re.Pattern[str] | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -179,51 +178,3 @@ def _fingerprint(model: str, adapter: str, config: Any) -> str:
     state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     commit = str(getattr(config, "_commit_hash", None))  # of what came from the Hub
     return hashlib.sha256("\n".join([commit, *state]).encode()).hexdigest()[:16]
-
-
-class ServedModel:
-    """A model behind an OpenAI-compatible endpoint, a vLLM server for example, which applies its chat template.
-
-    Args:
-        model (`str`), client (`Client`): The name under which the server knows it, and the server.
-        prompt (`str`), sampling (`Sampling`), pattern (`re.Pattern`, *optional*): As for [`LocalModel`].
-        allow_empty (`bool`): Whether an answer without text, a refusal for example, counts as an empty one.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        client: Client,
-        prompt: str,
-        sampling: Sampling,
-        pattern: re.Pattern[str] | None,
-        allow_empty: bool = False,
-    ):
-        self._client, self._pattern, self._allow_empty = client, pattern, allow_empty
-        self._is_alpaca = prompt == ALPACA
-        self._body = {"model": model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        if sampling.temperature > 0:  # many reasoning models refuse these
-            self._body |= {"seed": sampling.seed} | ({"top_p": sampling.top_p} if sampling.top_p < 1 else {})
-        self.description = {"model": model, "prompt_form": prompt, **self._put(PLACE)}
-
-    def _put(self, instruction: str) -> dict[str, Any]:
-        if self._is_alpaca:
-            return {"prompt": alpaca_prompt(instruction)}
-        return {"messages": messages(instruction)}
-
-    def answer(self, instructions: list[str]) -> list[Output]:
-        """One output for each instruction. Raises `EndpointError` if an answer is missing or has no text."""
-        return [self._one(instruction) for instruction in instructions]
-
-    def _one(self, instruction: str) -> Output:
-        choice = self._client.complete({**self._body, **self._put(instruction)})["choices"][0]
-        message = choice.get("message") or {}
-        text = thoughts.content(choice)
-        if text is None and not self._allow_empty:
-            raise EndpointError(
-                f"{thoughts.why_empty(choice)} Raise --max-new-tokens (with a new --output), or pass --allow-empty to "
-                "count such answers as empty outputs."
-            )
-        output = thoughts.split(text or "", self._pattern)
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        return Output(output.text, f"{reasoning}{output.thought}")

@@ -1,0 +1,57 @@
+"""Answers of a model behind an OpenAI-compatible endpoint, a vLLM server for example."""
+
+import re
+from typing import Any
+
+from . import thoughts
+from .client import Client, EndpointError
+from .local_model import ALPACA, PLACE, Sampling, alpaca_prompt, messages
+from .thoughts import Output
+
+
+class ServedModel:
+    """One request for each instruction; the server applies the model's chat template.
+
+    Args:
+        model (`str`), client (`Client`): The name under which the server knows it, and the server.
+        prompt (`str`), sampling (`Sampling`), pattern (`re.Pattern`, *optional*): As for [`LocalModel`].
+        allow_empty (`bool`): Whether an answer without text, a refusal for example, counts as an empty one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        client: Client,
+        prompt: str,
+        sampling: Sampling,
+        pattern: re.Pattern[str] | None,
+        allow_empty: bool = False,
+    ):
+        self._client, self._pattern, self._allow_empty = client, pattern, allow_empty
+        self._is_alpaca = prompt == ALPACA
+        self._body = {"model": model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        if sampling.temperature > 0:  # many reasoning models refuse these
+            self._body |= {"seed": sampling.seed} | ({"top_p": sampling.top_p} if sampling.top_p < 1 else {})
+        self.description = {"model": model, "prompt_form": prompt, **self._put(PLACE)}
+
+    def _put(self, instruction: str) -> dict[str, Any]:
+        if self._is_alpaca:
+            return {"prompt": alpaca_prompt(instruction)}
+        return {"messages": messages(instruction)}
+
+    def answer(self, instructions: list[str]) -> list[Output]:
+        """One output for each instruction. Raises `EndpointError` if an answer is missing or has no text."""
+        return [self._one(instruction) for instruction in instructions]
+
+    def _one(self, instruction: str) -> Output:
+        choice = self._client.complete({**self._body, **self._put(instruction)})["choices"][0]
+        message = choice.get("message") or {}
+        text = thoughts.content(choice)
+        if text is None and not self._allow_empty:
+            raise EndpointError(
+                f"{thoughts.why_empty(choice)} Raise --max-new-tokens (with a new --output), or pass --allow-empty to "
+                "count such answers as empty outputs."
+            )
+        output = thoughts.split(text or "", self._pattern)
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        return Output(output.text, f"{reasoning}{output.thought}")
