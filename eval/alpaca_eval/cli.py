@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer alpaca-eval")
     except KeyboardInterrupt:
         print(f"\n{prog} {parsed.command}: Interrupted. {parsed.kept.format(**vars(parsed))}", file=sys.stderr)
         return INTERRUPTED
-    except (EOFError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"{prog} {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED if isinstance(error, RuntimeError) else MISUSED
 

@@ -35,8 +35,7 @@ class Client:
     """Asks an endpoint, with retries that an interruption ends.
 
     Args:
-        endpoint (`str`): Base URL.
-        key (`str`, *optional*): Many local servers want none.
+        endpoint (`str`), key (`str`, *optional*): Base URL, and its key; many local servers want none.
         in_flight (`int`): Requests at a time.
         retries (`int`): Repeats of a request that met 429, 5xx, a time-out or no connection, with growing pauses.
         timeout (`float`): Seconds without any byte of an answer after which a request has failed.
@@ -57,11 +56,8 @@ class Client:
 
         `max_tokens` is sent as `max_completion_tokens` to endpoints that refuse it.
 
-        Returns:
-            `dict`: The endpoint's answer, unchanged; [`thoughts.content`] can read its first choice.
-
-        Raises:
-            EndpointError: if there is none.
+        Returns the endpoint's answer, unchanged, whose first choice [`thoughts.content`] can read. Raises
+        `EndpointError` if there is none.
         """
         import openai
 
@@ -75,10 +71,8 @@ class Client:
                 return answer
             except (AttributeError, LookupError, TypeError, ValueError):
                 if attempt + 1 >= ATTEMPTS or self.stopped.is_set():
-                    raise EndpointError(
-                        f"What {self.endpoint} answers is no completion as OpenAI's API defines it; does the URL lack "
-                        "an ending, /v1 for example?"
-                    ) from None
+                    said = "answers no completion as OpenAI's API defines it; does the URL lack an ending, /v1?"
+                    raise EndpointError(f"{self.endpoint} {said}") from None
             except openai.OpenAIError as error:
                 if "max_tokens" in sent and "max_completion_tokens" in str(error):
                     self._limit = "max_completion_tokens"
@@ -87,7 +81,7 @@ class Client:
                 passes = isinstance(error, passing) and not isinstance(explained, RejectedError)
                 if not passes or attempt >= self.retries or self.stopped.wait(_pause(error, attempt)):
                     raise explained from None  # the error's request holds the key
-        raise AssertionError("not reached")
+        raise AssertionError
 
     def _explained(self, error: Exception) -> EndpointError:
         import openai
@@ -117,7 +111,8 @@ class Client:
         def work(item: Any) -> None:
             nonlocal in_a_row
             if self.stopped.is_set():
-                failures[NOT_ASKED] += 1
+                with lock:
+                    failures[NOT_ASKED] += 1
                 return
             try:
                 ask(item)

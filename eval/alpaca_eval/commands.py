@@ -13,10 +13,6 @@ from . import generation, judges, judging, reference
 from .client import Client
 
 
-class DeclinedError(RuntimeError):
-    """The user does not want to pay."""
-
-
 def generate(arguments: argparse.Namespace) -> int:
     """Writes a model's outputs."""
     from .local_model import LocalModel, Sampling
@@ -34,7 +30,10 @@ def generate(arguments: argparse.Namespace) -> int:
         model = ServedModel(arguments.model, client, arguments.prompt, sampling, pattern, arguments.allow_empty)
     else:
         how = (arguments.prompt, sampling, pattern, arguments.dtype, arguments.device)
-        model = LocalModel(arguments.model, arguments.adapter, *how)
+        try:
+            model = LocalModel(arguments.model, arguments.adapter, *how)
+        except OSError as error:
+            raise OSError(f"{arguments.model} cannot be loaded. {error}") from error
     settings = {
         "name": arguments.name or arguments.output.resolve().name,
         **model.description,
@@ -57,6 +56,8 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def judge(arguments: argparse.Namespace) -> int:
     """Judges, and returns 0 if every row has a judgement, else 1."""
+    from huggingface_hub import constants
+
     # From what is cheap to check to what is not, and before the first paid call all that is needed after the last one.
     file = reference.find_outputs(arguments.outputs)
     settings = dict(arguments.judge_setting)
@@ -68,7 +69,7 @@ def judge(arguments: argparse.Namespace) -> int:
     given = reference.read_outputs(file, known)
     outputs = reference.Outputs(given.generator, dict(list(given.by_row.items())[: arguments.limit]))
     folder = arguments.output or file.parent / chosen.label
-    cache = arguments.cache or judging.default_cache()
+    cache = arguments.cache or Path(constants.HF_ASSETS_CACHE) / "trl_steer" / "alpaca_eval"
     with _locked(folder):
         if not judging.is_about(folder, given):
             # Should the judge fail now, no report must show what was said of earlier outputs.
@@ -77,20 +78,16 @@ def judge(arguments: argparse.Namespace) -> int:
             outputs, known, chosen, client, cache, lambda cost: _confirm(cost, arguments.yes), _pattern(arguments)
         )
         result = judging.evaluate(*judged, outputs, known, chosen, folder)
-    numbers = {name: "NaN" if result[name] is None else f"{result[name]:.2f}" for name in judging.NUMBERS}
-    print(f"{result['name']}: {', '.join(f'{name} {value}' for name, value in numbers.items())}")
+    numbers = (f"{name} {'NaN' if result[name] is None else round(result[name], 2)}" for name in judging.NUMBERS)
+    print(f"{result['name']}: {', '.join(numbers)}")
     print(f"Written: {folder} ({result['n_total']} judgements of {chosen.name}, {chosen.model})")
-    if not result["complete"]:
-        print(
-            f"WARNING: {len(result['missing_rows'])} rows have no judgement and are not counted. The same "
-            "command asks for them, and for nothing else, again.",
-            *(f"{count} rows failed: {reason}" for reason, count in result["failures"].items()),
-            sep="\n",
-            file=sys.stderr,
-        )
-    if not result["comparable"]:
-        reasons = "; ".join(result["not_comparable_because"])
-        print(f"WARNING: NOT COMPARABLE with the leaderboard: {reasons}.", file=sys.stderr)
+    warnings = [f"{count} rows failed: {reason}" for reason, count in result["failures"].items()]
+    if missing := len(result["missing_rows"]):
+        warnings.append(f"{missing} rows have no judgement and are not counted; the same command asks for them again.")
+    if reasons := "; ".join(result["not_comparable_because"]):
+        warnings.append(f"NOT COMPARABLE with the leaderboard: {reasons}.")
+    for warning in warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
     return 0 if result["complete"] else 1
 
 
@@ -150,6 +147,10 @@ def _confirm(cost: str, yes: bool) -> None:
     """Shows what is about to be asked and, without `yes`, asks whether to go on."""
     print(cost, flush=True)
     if not yes and not sys.stdin.isatty():
-        raise DeclinedError("Nothing was asked: pass --yes to go on without being asked first.")
-    if not yes and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise DeclinedError("Nothing was asked.")
+        raise RuntimeError("Nothing was asked: pass --yes to go on without being asked first.")
+    try:
+        answer = "y" if yes else input("Go on? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise RuntimeError("Nothing was asked.")

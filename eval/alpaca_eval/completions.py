@@ -30,8 +30,7 @@ class Completions:
 
     Args:
         annotator (`SingleAnnotator`): The package's; its parser decides which answers are judgements.
-        judge (`Judge`), client (`Client`): What to send, and where.
-        journal (`Journal`): Answers of this and earlier runs, as the endpoint gave them.
+        judge (`Judge`), client (`Client`), journal (`Journal`): What to send, where, and what was answered before.
         pattern (`re.Pattern`, *optional*): What is a thought, which the parser does not get to see.
         confirm (`Callable[[str], None]`): Called with the cost before the first request; raises to prevent it.
     """
@@ -73,7 +72,7 @@ class Completions:
 
     def preferences(self, completion: Any) -> list[Any]:
         """The parser's values. Some give 0 for a draw, over which the package fails where it switched the outputs."""
-        return [value or 1.5 for value in self._parser(completion)]
+        return [1.5 if value == 0 and value is not False else value for value in self._parser(completion)]
 
     def _cost(self, missing: list[str], total: int) -> str:
         settings = self._judge.settings
@@ -84,10 +83,8 @@ class Completions:
         return f"{where}, about {tokens} tokens, {dollars}; {total - len(missing)} judgements are there already."
 
     def _probe(self, prompts: list[str]) -> None:
-        """One call before all others; where it fails for what is in its row, one for another row.
-
-        A judge that has answered before need not be: if it is at fault now, ten failures in a row end the asking.
-        """
+        """One call before all others; where it fails for what is in its row, one for another row."""
+        # A judge that has answered before is not tried: if it is at fault now, ten failures in a row end the asking.
         tried = [] if self._answers else prompts[:PROBES]
         for prompt in tried:
             try:
@@ -96,8 +93,7 @@ class Completions:
             except EndpointError as error:
                 everywhere = isinstance(error, RejectedError | UnreachableError | MissingLogprobsError)
                 if everywhere or prompt == tried[-1]:
-                    name = f"{self._judge.name} ({self._judge.model})"
-                    raise EndpointError(f"{name} gave no first judgement. {error}") from None
+                    raise EndpointError(f"{self._judge.name} gave no first judgement. {error}") from None
 
     def _ask(self, prompt: str) -> None:
         """Asks until the prompt has a judgement, and writes down every answer."""
@@ -114,18 +110,12 @@ class Completions:
                     raise
 
     def _keep(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keeps what the package's parser needs of an answer.
-
-        Raises:
-            UnusableAnswerError: if that finds no judgement in it for each row of the prompt.
-        """
+        """Keeps what the parser needs of an answer. Raises `UnusableAnswerError` if there is no judgement in it."""
         choice = answer["choices"][0]
         text = thoughts.content(choice)
         if text is None:
-            raise UnusableAnswerError(
-                f"{thoughts.why_empty(choice)} Give the judge more tokens by --judge-setting max_tokens=N, or choose "
-                "another."
-            )
+            way_out = "Give the judge more tokens by --judge-setting max_tokens=N, or choose another."
+            raise UnusableAnswerError(f"{thoughts.why_empty(choice)} {way_out}")
         text = thoughts.split(text, self._pattern).text if self._pattern else text
         found: dict[str, Any] = {"completions": text, "completions_all": {**choice, "text": text}}
         try:
@@ -133,19 +123,16 @@ class Completions:
             values = self.preferences(found[self._column])
         except Exception:  # whatever the parser stumbles over
             values = []
-        if len(values) == self._batch_size and all(map(_is_preference, values)):
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(values) == self._batch_size == sum(1 <= number <= 2 for number in numbers):
             self._answers[key] = found
         elif self._column == "completions_all" and not _has_logprobs(choice):
             raise MissingLogprobsError(
-                "The answer has no log-probabilities, from which this judge reads its judgement; choose a server that "
-                "gives them (logprobs, top_logprobs), or a judge that answers in words, alpaca_eval_gpt4_turbo_fn."
+                "The answer has no log-probabilities, which this judge needs; choose a server that gives them, or "
+                "a judge that answers in words, alpaca_eval_gpt4_turbo_fn for example."
             )
         else:
             raise UnusableAnswerError(f"The answer names no winner: {text[:80]!r}.")
-
-
-def _is_preference(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 2
 
 
 def _has_logprobs(choice: Mapping[str, Any]) -> bool:

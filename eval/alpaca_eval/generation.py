@@ -16,35 +16,16 @@ SETTINGS = "generation.json"
 PROGRESS = "progress.jsonl"
 
 
-class GenerationError(RuntimeError):
-    """Some rows have no output."""
-
-
 def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes down how the outputs in `folder` come about.
-
-    Raises:
-        ValueError: if the folder holds outputs that came about in another way.
-    """
-    path = folder / SETTINGS
-    if path.is_file() and Journal(folder / PROGRESS).read():  # settings that gave no output may be corrected
-        before = read_json(path)
-        changed = [
-            f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
-            for name in dict.fromkeys([*before, *settings])
-            if before.get(name) != settings.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds outputs of other settings ({'; '.join(changed)}). Name another --output."
-            )
-    write_json(path, dict(settings))
-
-
-def batches(rows: Sequence[int], lengths: Mapping[int, int], size: int) -> list[list[int]]:
-    """Rows of about equal length together, the longest first, so that a lack of memory shows itself at once."""
-    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    """Writes down how the outputs in `folder` come about. Raises `ValueError` if it holds others."""
+    # Settings that gave no output may be corrected.
+    before = read_json(folder / SETTINGS) if Journal(folder / PROGRESS).read() else dict(settings)
+    names = dict.fromkeys([*before, *settings])
+    pairs = {name: (before.get(name), settings.get(name)) for name in names}
+    changed = [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise ValueError(f"{folder} holds outputs of other settings ({'; '.join(changed)}). Name another --output.")
+    write_json(folder / SETTINGS, dict(settings))
 
 
 def generate(
@@ -60,58 +41,45 @@ def generate(
 
     Args:
         folder (`Path`): Holds, after each batch, all that is finished; thoughts only in its journal.
-        reference_rows (`Sequence[Mapping]`), rows (`Sequence[int]`): The reference set, and which of it to answer.
-        name (`str`): The model's name, column `generator` of the outputs.
-        answer (`Callable`), batch_size (`int`): Gives the outputs for a batch of instructions.
+        rows (`Sequence[int]`): Which of the reference set to answer.
+        answer (`Callable`): Gives the outputs for a batch of instructions.
         client (`Client`, *optional*): Of a served model, where a row that fails does not end the others.
 
-    Returns:
-        `int`: How many outputs are empty.
-
-    Raises:
-        GenerationError: if rows are left without an output. What is finished stays.
+    Returns the number of empty outputs. Raises `RuntimeError` if rows are left without one; what is finished stays.
     """
     from tqdm import tqdm
 
     journal = Journal(folder / PROGRESS)
     # One record for a batch: the rest of one would be answered with other neighbours, and differently.
     done = {each["row"]: each["output"] for record in journal.read() for each in record["outputs"]}
-    lengths = {row: len(reference_rows[row]["instruction"]) for row in rows}
+    # Rows of about equal length together, the longest first, so that a lack of memory shows itself at once.
+    ordered = sorted(rows, key=lambda row: (-len(reference_rows[row]["instruction"]), row))
     # Batches do not depend on what is finished, except that finished rows are left out of them.
-    pending = [[row for row in batch if row not in done] for batch in batches(rows, lengths, batch_size)]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    pending = [left for batch in batches if (left := [row for row in batch if row not in done])]
     before = len(rows) - sum(map(len, pending))
 
     def work(batch: list[int]) -> int:
         found = answer([reference_rows[row]["instruction"] for row in batch])
-        outputs = [
-            {"row": row, "output": output.text, **({"thought": output.thought} if output.thought else {})}
-            for row, output in zip(batch, found, strict=True)
-        ]
+        pairs = zip(batch, found, strict=True)
+        outputs = [{"row": row, "output": output.text, "thought": output.thought} for row, output in pairs]
         journal.append({"outputs": outputs})
         done.update((each["row"], each["output"]) for each in outputs)
         return len(batch)
 
     if client is not None:
-        failures = client.ask_all(filter(None, pending), work, before, len(rows))
+        failures = client.ask_all(pending, work, before, len(rows))
         if failures:
             reasons = "; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(2))
-            raise GenerationError(
+            raise RuntimeError(
                 f"{sum(row not in done for row in rows)} of {len(rows)} rows have no output ({reasons}). The same "
                 "command asks for them, and for nothing else, again."
             )
     else:
         with tqdm(total=len(rows), initial=before, unit="row", disable=None) as bar:
-            for batch in filter(None, pending):
+            for batch in pending:
                 bar.update(work(batch))
-    outputs = [
-        {
-            "dataset": reference_rows[row]["dataset"],
-            "instruction": reference_rows[row]["instruction"],
-            "output": done[row],
-            "generator": name,
-        }
-        for row in sorted(rows)
-    ]
+    outputs = [{**reference_rows[row], "output": done[row], "generator": name} for row in sorted(rows)]
     # In ASCII, which carries whatever the model wrote, half of a surrogate pair for example.
     write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
     return sum(not done[row] for row in rows)

@@ -26,20 +26,12 @@ REQUEST = (
 _OTHERS = ("model_name", "client_kwargs", "price_per_token", "requires_chatml", "num_procs", "batch_size")
 
 
-class JudgeError(ValueError):
-    """There is no such judge, or it cannot be used as it is described."""
-
-
 @dataclass(frozen=True)
 class Judge:
     """A judge and what answers for it.
 
-    Attributes:
-        name (`str`): What the package calls it.
-        config (`dict`): Its annotator in the package's form, with the text of its prompt and without an endpoint.
-        model (`str`), endpoint (`str`): Who is asked, and where.
-        key_variable (`str`, *optional*): The environment variable that its YAML file names.
-        shipped (`bool`): Whether the package ships it with just these settings.
+    `config` is its annotator in the package's form, with the text of its prompt and without an endpoint;
+    `key_variable`, the environment variable that its file names; `shipped`, whether it is the package's, unchanged.
     """
 
     name: str
@@ -83,43 +75,37 @@ class Judge:
 def resolve(
     judge: str, model: str | None = None, endpoint: str | None = None, settings: Mapping[str, Any] | None = None
 ) -> Judge:
-    """Finds a judge.
+    """Finds a judge by its name in the package, or by the path of a YAML file in the form of its `configs.yaml`.
 
     Args:
-        judge (`str`): Name of a judge of the package's, or path of a YAML file in the form of the package's
-            `configs.yaml`. The file's prompt is a file beside it, or one of the package's.
+        judge (`str`): Which one. The prompt of a file is a file beside it, or one of the package's.
         model (`str`, *optional*), settings (`Mapping`, *optional*): Take the place of the judge's own.
-        endpoint (`str`, *optional*): Base URL of an OpenAI-compatible server. Otherwise the judge's own, if that names
-            the variable with its key too, else that of `OPENAI_BASE_URL`, else OpenAI's.
+        endpoint (`str`, *optional*): Base URL. Otherwise the judge's own, if that names the variable with its key too,
+            else that of `OPENAI_BASE_URL`, else OpenAI's.
 
     Raises:
-        JudgeError: if it does not exist, is not well formed, or would send a key where the user did not say.
+        ValueError: if it does not exist, is not well formed, or would send a key where the user did not say.
     """
     evaluators, settings = upstream.folder() / "evaluators_configs", settings or {}
     names = sorted(config.parent.name for config in evaluators.glob(f"*/{CONFIG}"))
     shipped = judge in names
     path = evaluators / judge / CONFIG if shipped else Path(judge).expanduser()
     if not path.is_file():
-        raise JudgeError(f"There is no judge {judge!r}. Give the path of a YAML file, or one of: {', '.join(names)}.")
+        raise ValueError(f"There is no judge {judge!r}. Give the path of a YAML file, or one of: {', '.join(names)}.")
     name, config = _read(path)
     own = dict(config["completions_kwargs"])
     client = own.pop("client_kwargs", {})
     unknown = {*own, *settings} - {*REQUEST, *_OTHERS} | set(client) - {"base_url", "api_key_env"}
     if unknown:
-        raise JudgeError(
+        raise ValueError(
             f"{', '.join(sorted(map(str, unknown)))} cannot be set for {name}; expected {' '.join(REQUEST)}. "
             "A key belongs in an environment variable, which api_key_env in client_kwargs can name."
         )
     where, variable = _endpoint(path, endpoint, client)
     prompt = _prompt(path, config.get("prompt_template"), evaluators)
-    return Judge(
-        name=judge if shipped else name,
-        config={**config, "prompt_template": prompt, "completions_kwargs": {**own, **settings}},
-        model=model or own["model_name"],
-        endpoint=where,
-        key_variable=variable,
-        shipped=shipped and model is None and not settings,
-    )
+    config = {**config, "prompt_template": prompt, "completions_kwargs": {**own, **settings}}
+    unchanged = shipped and model is None and not settings
+    return Judge(judge if shipped else name, config, model or own["model_name"], where, variable, unchanged)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
@@ -127,33 +113,27 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
     try:
         ((name, annotator),) = yaml.safe_load(path.read_text(encoding="utf-8")).items()
-        by = annotator.get("fn_completions", "openai_completions")
         own = annotator["completions_kwargs"]
-        dict(own.get("client_kwargs", {}))
-        own["model_name"].strip()
+        if not isinstance(own["model_name"], str) or not isinstance(own.get("client_kwargs", {}), dict):
+            raise TypeError
     except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError):  # which may quote a key
-        raise JudgeError(
+        raise ValueError(
             f"{path} should be YAML that maps one judge's name to its settings, with a model_name in "
             f"completions_kwargs, as the package's {CONFIG} files do."
         ) from None
-    if by != "openai_completions":
-        raise JudgeError(
-            f"{path} asks by {by}; expected openai_completions. Most providers have an OpenAI-compatible endpoint, "
-            "which a YAML file of your own can name."
-        )
+    if annotator.get("fn_completions", "openai_completions") != "openai_completions":
+        raise ValueError(f"{path} asks by {annotator['fn_completions']}; expected openai_completions.")
     return str(name), annotator
 
 
 def _prompt(path: Path, given: Any, evaluators: Path) -> str:
     # The package would take any file of the machine for a prompt, and a path that does not exist for its text.
-    for folder in (path.parent, evaluators):
-        file = (folder / str(given)).resolve()
-        if file.is_file() and file.is_relative_to(folder.resolve()):
-            return file.read_text(encoding="utf-8")
-    raise JudgeError(
-        f"{path}: the prompt_template {given!r} is no file beside it and none of the package's. Expected for example: "
-        "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-    )
+    beside, shipped = (path.parent / str(given)).resolve(), (evaluators / str(given)).resolve()
+    if beside.is_file() and beside.parent == path.parent.resolve():
+        return beside.read_text(encoding="utf-8")
+    if shipped.is_file() and shipped.is_relative_to(evaluators.resolve()):
+        return shipped.read_text(encoding="utf-8")
+    raise ValueError(f"{path}: the prompt_template {given!r} is no file beside it and none of the package's.")
 
 
 def _endpoint(path: Path, given: str | None, client: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -163,18 +143,18 @@ def _endpoint(path: Path, given: str | None, client: Mapping[str, Any]) -> tuple
         return check_endpoint(given or os.environ.get("OPENAI_BASE_URL") or OPENAI), variable
     where = check_endpoint(str(own))
     if not isinstance(variable, str) or variable == KEY_VARIABLE:
-        raise JudgeError(
-            f"{path} asks at {where}. Pass --endpoint {where} if your key may go there, or name the variable with its "
-            "own key as api_key_env beside base_url."
+        raise ValueError(
+            f"{path} asks at {where}. Pass --endpoint {where} if your key may go there, or name the variable of "
+            "another by api_key_env beside base_url."
         )
     return where, variable
 
 
 def check_endpoint(endpoint: str) -> str:
-    """The endpoint without a slash at its end. Raises `JudgeError` if it is no URL, or could hold a secret."""
+    """The endpoint without a slash at its end. Raises `ValueError` if it is no URL, or could hold a secret."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search("[@;?#]", endpoint):
-        raise JudgeError(
+        raise ValueError(
             "The endpoint is no URL like http://localhost:8000/v1, without credentials, a query or a fragment."
         )
     return endpoint.rstrip("/")
@@ -183,15 +163,14 @@ def check_endpoint(endpoint: str) -> str:
 def read_key(endpoint: str, named: str | None, own: str | None = None) -> str | None:
     """The key in an environment variable: the one that is named, else the judge's own, else `OPENAI_API_KEY`.
 
-    Raises:
-        JudgeError: if there is none where one was named or OpenAI wants one, or no header can carry it.
+    Raises `ValueError` if there is none where one was named or OpenAI wants one, or no header can carry it.
     """
     variable = named or own or KEY_VARIABLE
     if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # by mistake it may be the key itself
-        raise JudgeError(f"--api-key-env wants the name of an environment variable, such as {KEY_VARIABLE}.")
+        raise ValueError(f"--api-key-env wants the name of an environment variable, such as {KEY_VARIABLE}.")
     key = os.environ.get(variable, "").strip()
     if not key and (named is not None or endpoint == OPENAI):
-        raise JudgeError(f"The environment variable {variable} is empty; put the key for {endpoint} into it.")
+        raise ValueError(f"The environment variable {variable} is empty; put the key for {endpoint} into it.")
     if not (key.isascii() and key.isprintable()):
-        raise JudgeError(f"The key in {variable} has a character that no HTTP header can carry.")
+        raise ValueError(f"The key in {variable} has a character that no HTTP header can carry.")
     return key or None

@@ -15,18 +15,11 @@ from trl_steer.files import read_json, write_json, write_text
 from . import upstream
 from .client import Client
 from .journal import Journal
-from .judges import CONFIG, LEADERBOARD, OPENAI, Judge, JudgeError
+from .judges import CONFIG, LEADERBOARD, OPENAI, Judge
 from .reference import COUNT, Outputs, Reference
 
 RESULT, ANNOTATIONS, WEIGHTS, ANSWERS = "result.json", "annotations.json", "weights", "answers.jsonl"
 NUMBERS = ("length_controlled_winrate", "lc_standard_error", "win_rate", "standard_error")
-
-
-def default_cache() -> Path:
-    """Where answers of judges are kept unless the user says otherwise: in the Hugging Face cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "trl_steer" / "alpaca_eval"
 
 
 def ask(
@@ -40,17 +33,10 @@ def ask(
 ) -> tuple[Any, dict[str, int]]:
     """Has the package annotate the outputs, with every answer of the judge written down as it comes in.
 
-    Args:
-        outputs (`Outputs`), reference (`Reference`): What is compared.
-        cache (`Path`): Answers of judges; each has its own folder in it.
-        judge, client, confirm, pattern: See [`Completions`].
+    Returns a data frame of judgements, indexed by canonical row, and why rows have none. For arguments see
+    [`Completions`]; each judge has a folder of its own in `cache`.
 
-    Returns:
-        `tuple[pandas.DataFrame, dict]`: Judgements, indexed by canonical row, and why rows have none.
-
-    Raises:
-        JudgeError: if the package cannot make a judge of its settings.
-        EndpointError: if the first call fails.
+    Raises `ValueError` if the package cannot make a judge of its settings, `EndpointError` if the first call fails.
     """
     import pandas
 
@@ -86,7 +72,7 @@ def _annotator(judge: Judge) -> Any:
                 is_store_missing_annotations=False,
             )
         except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise JudgeError(f"The package alpaca-eval makes no judge of {judge.name}'s settings: {error}") from error
+            raise ValueError(f"The package alpaca-eval makes no judge of {judge.name}'s settings: {error}") from error
 
 
 def is_about(folder: Path, outputs: Outputs) -> bool:
@@ -127,10 +113,7 @@ def evaluate(
 
 
 def metrics(annotations: Any, reference: Reference, weights: Path) -> dict[str, Any]:
-    """The package's numbers for judgements indexed by canonical row, by which it takes the difficulty of a row.
-
-    They are plain Python values, None for what is no number. `weights` is the folder for the coefficients.
-    """
+    """The package's numbers for judgements indexed by canonical row, None for NaN; `weights` is for coefficients."""
     package = upstream.load().metrics
     ordered = annotations.sort_index()  # folds of the cross-validation depend on the order
     with upstream.quiet(), local_table(reference.gamed):
@@ -168,6 +151,6 @@ def not_comparable(result: dict[str, Any]) -> list[str]:
         or not judge["shipped"],
         f"the judge was asked at {judge['endpoint']}, not at {OPENAI}": judge["endpoint"] != OPENAI,
         "the model is named like the baseline, whose numbers it then gets": result["name"] == result["baseline"],
-        "the reference files are copies, not those of the Hub": not result["reference"]["verified"],
+        "the reference files are copies, not those of the Hub": result["reference"]["revision"] is None,
     }
     return [reason for reason, holds in reasons.items() if holds]

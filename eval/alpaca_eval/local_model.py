@@ -40,12 +40,8 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[A
     """Loads a model as `AutoPeftModelForCausalLM` does: with the tokenizer in the adapter's folder, where there is
     one, and as many embeddings as that needs.
 
-    Returns:
-        The model, its tokenizer, and what was loaded: `model`, `adapter` and the numbers of `parameters` of each.
-
-    Raises:
-        ValueError: if there are two adapters, or one that names no base model.
-        OSError: if there is no model.
+    Returns the model, its tokenizer, and what was loaded: `model`, `adapter` and the numbers of `parameters` of each.
+    Raises `ValueError` or `OSError` if there are two adapters, one that names no base model, or no model.
     """
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +50,7 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[A
     if Path(model).is_dir() and not any(Path(model).glob("*config.json")):
         raise FileNotFoundError(
             f"{model} has neither config.json nor adapter_config.json; expected a checkpoint or an adapter folder, "
-            "such as the output_dir of a finished training, or a checkpoint-N in it."
+            "the output_dir of a finished training for example."
         )
     revision = "main"
     if find_adapter_config_file(model) is not None:
@@ -85,16 +81,13 @@ def _has_tokenizer(adapter: str) -> bool:
 
 
 class LocalModel:
-    """A model on this machine: a checkpoint, an adapter on top, or a folder that a TRL script wrote.
+    """A checkpoint, an adapter on top, or a folder that a TRL script wrote.
 
     Args:
         model (`str`), adapter (`str`, *optional*), dtype (`str`): See [`load`].
         prompt (`str`): `chat`, `alpaca`, or `auto`, which is chat where the tokenizer has a template.
         sampling (`Sampling`), pattern (`re.Pattern`, *optional*): How to write, and what is a thought.
         device (`str`, *optional*): By default the accelerator, if there is one.
-
-    Raises:
-        ValueError, OSError: as [`load`]; also if there is no chat template for a chat.
     """
 
     def __init__(
@@ -108,6 +101,7 @@ class LocalModel:
         device: str | None = None,
     ):
         import torch
+        from transformers import GenerationConfig
 
         self._seed, self._pattern = sampling.seed, pattern
         loaded, self.tokenizer, self.description = load(model, adapter, dtype)
@@ -116,11 +110,18 @@ class LocalModel:
         if prompt == CHAT and not self.tokenizer.chat_template:
             raise ValueError("--prompt chat was given, but the tokenizer has no chat template; use --prompt alpaca.")
         self._is_chat = prompt != ALPACA and bool(self.tokenizer.chat_template)
-        if device is None:
-            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = found.type if found else "cpu"
-        self.model = loaded.to(device).eval()
-        self.model.generation_config = self._generation_config(sampling)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.model = loaded.to(device or found or "cpu").eval()
+        # The tokens that begin and end a text are the model's; how it writes is for `sampling` alone to say, and what
+        # that leaves open `generate` would take from the model: a repetition penalty, a number of beams.
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        self.model.generation_config = GenerationConfig(
+            bos_token_id=loaded.generation_config.bos_token_id,
+            eos_token_id=loaded.generation_config.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_new_tokens=sampling.max_new_tokens,
+            **(drawn if sampling.temperature > 0 else {}),
+        )
         # A template may have opened a thought already.
         self._opened = thoughts.OPENING if self.text(PLACE).rstrip().endswith(thoughts.OPENING) else ""
         self.description |= {
@@ -129,24 +130,11 @@ class LocalModel:
             "prompt": self.text(PLACE),
         }
 
-    def _generation_config(self, sampling: Sampling) -> Any:
-        from transformers import GenerationConfig
-
-        # The tokens that begin and end a text are the model's; how it writes is for `Sampling` alone to say, and what
-        # that leaves open `generate` would take from the model: a repetition penalty, a number of beams.
-        theirs = self.model.generation_config
-        ends = {"bos_token_id": theirs.bos_token_id, "eos_token_id": theirs.eos_token_id}
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        chosen = drawn if sampling.temperature > 0 else {"do_sample": False}
-        pad = self.tokenizer.pad_token_id
-        return GenerationConfig(**ends, **chosen, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad)
-
     def text(self, instruction: str) -> str:
         """The prompt for an instruction."""
         if not self._is_chat:
             return alpaca_prompt(instruction)
-        chat = messages(instruction)
-        return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        return self.tokenizer.apply_chat_template(messages(instruction), add_generation_prompt=True, tokenize=False)
 
     def answer(self, instructions: list[str]) -> list[Output]:
         """What the model writes for each instruction; for one seed and one batch always the same."""

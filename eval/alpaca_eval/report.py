@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trl_steer.files import read_json
 
@@ -43,11 +43,7 @@ PAPER = [
 
 
 def read(path: Path) -> list[Row]:
-    """The results in a folder: its own, or those of the judges' folders in it.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The results in a folder: its own, or those of the judges' folders in it. Raises `ValueError` if it has none."""
     files = [path / RESULT] if (path / RESULT).is_file() else sorted(path.glob(f"*/{RESULT}"))
     if not files:
         raise ValueError(
@@ -62,20 +58,15 @@ def _row(file: Path) -> Row:
         raise ValueError(f"{file} was not written by `trl-steer alpaca-eval judge`.")
     written = read_json(generation) if generation.is_file() else {}
     judge, missing = result["judge"], len(result["missing_rows"])
-    generated = f"prompt {written['prompt_form']}, {written['max_new_tokens']} new tokens; " if written else ""
+    generated = f"prompt {written.get('prompt_form')}, {written.get('max_new_tokens')} new tokens; " if written else ""
     numbers = [math.nan if result[name] is None else result[name] for name in NUMBERS]
-    doubts: tuple[str, ...] = (f"INCOMPLETE: {missing} rows have no judgement",) if missing else ()
-    settings = f"{generated}{judge['name']} ({judge['model']})"
-    length, n = result["avg_length"], result["n_total"]
-    doubts = (*doubts, *result["not_comparable_because"])
-    return Row(result["name"], _parameters(written.get("parameters") or {}), numbers, length, n, settings, doubts)
-
-
-def _parameters(counts: dict[str, Any]) -> str:
-    """Those of the adapter and their share of the base model's, or those of a whole model."""
-    if counts.get("adapter") is None:
-        return f"{counts['base']:,}" if counts else ""
-    return f"{counts['adapter']:,} ({counts['adapter'] / counts['base']:.3%})"
+    incomplete = [f"INCOMPLETE: {missing} rows have no judgement"] if missing else []
+    settings, doubts = f"{generated}{judge['name']} ({judge['model']})", incomplete + result["not_comparable_because"]
+    counts = written.get("parameters") or {"base": None}
+    parameters = "" if counts["base"] is None else f"{counts['base']:,}"
+    if counts.get("adapter"):
+        parameters = f"{counts['adapter']:,} ({counts['adapter'] / counts['base']:.3%})"
+    return Row(result["name"], parameters, numbers, result["avg_length"], result["n_total"], settings, doubts)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -101,11 +92,7 @@ def _cell(value: float | None) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Length-controlled win rates with their standard errors, one line each, to an image file.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
+    """Draws length-controlled win rates with their standard errors, a line each, to an image file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import thoughts
 from .client import Client, EndpointError
-from .local_model import ALPACA, PLACE, Sampling, alpaca_prompt, messages
+from .local_model import ALPACA, CHAT, PLACE, Sampling, alpaca_prompt, messages
 from .thoughts import Output
 
 
@@ -32,7 +32,7 @@ class ServedModel:
         self._body = {"model": model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature > 0:  # many reasoning models refuse these
             self._body |= {"seed": sampling.seed} | ({"top_p": sampling.top_p} if sampling.top_p < 1 else {})
-        self.description = {"model": model, "prompt_form": prompt, **self._put(PLACE)}
+        self.description = {"model": model, "prompt_form": ALPACA if self._is_alpaca else CHAT, **self._put(PLACE)}
 
     def _put(self, instruction: str) -> dict[str, Any]:
         if self._is_alpaca:

@@ -20,31 +20,23 @@ from .reference import OUTPUTS, Outputs, Reference
 ROW, WEIGHTS_ROW = "leaderboard_row.csv", "glm_weights_row.csv"
 
 
-class SubmissionError(ValueError):
-    """There is nothing that could be submitted."""
-
-
 def check(folder: Path, judged: Path, anyway: bool = False) -> dict[str, Any]:
-    """What `judge` wrote into `judged`, if it can be submitted as a new `folder`; `anyway`, if not comparable too.
-
-    Raises:
-        SubmissionError: if there is no result, it is not comparable, its name is taken, or there is a folder already.
-    """
+    """What `judge` wrote into `judged`, if it can be submitted as a new `folder`; else raises `ValueError`."""
     if not (judged / judging.RESULT).is_file():
-        raise SubmissionError(f"{judged} has no {judging.RESULT}; name a folder that `judge` wrote.")
+        raise ValueError(f"{judged} has no {judging.RESULT}; name a folder that `judge` wrote.")
     if folder.exists():
-        raise SubmissionError(f"{folder} exists; name a new --output.")
+        raise ValueError(f"{folder} exists; name a new --output.")
     result = read_json(judged / judging.RESULT)
     name = result["name"]
     if "/" in name or name.startswith(".") or name in _leaderboard().index:
-        raise SubmissionError(
+        raise ValueError(
             f"{name!r} is on the leaderboard already, which would silently skip it, or is no name for a folder; "
             "generate with another --name."
         )
     if None in [result[name] for name in judging.NUMBERS]:
-        raise SubmissionError(f"The result lacks a number among {', '.join(judging.NUMBERS)}.")
+        raise ValueError(f"The result lacks a number among {', '.join(judging.NUMBERS)}.")
     if not result["comparable"] and not anyway:
-        raise SubmissionError(
+        raise ValueError(
             f"The result is not comparable with the leaderboard: {'; '.join(result['not_comparable_because'])}. "
             "To write the folder all the same, pass --not-comparable."
         )
@@ -52,14 +44,12 @@ def check(folder: Path, judged: Path, anyway: bool = False) -> dict[str, Any]:
 
 
 def write(folder: Path, judged: Path, result: dict[str, Any], outputs: Outputs, reference: Reference) -> None:
-    """Writes the submission of one judged model, whose result is [`check`]ed, into a new folder.
+    """Writes a submission into a new folder. Raises `ValueError` if the outputs were changed since."""
+    import pandas
 
-    Raises:
-        SubmissionError: if the outputs were changed after they were judged.
-    """
     name, judge = result["name"], result["judge"]
     if name != outputs.generator or not judging.is_about(judged, outputs):
-        raise SubmissionError("The outputs have changed since they were judged; run `judge` again.")
+        raise ValueError("The outputs have changed since they were judged; run `judge` again.")
     settings = judged.resolve().parent / SETTINGS
     with new_folder(folder) as partial:
         _write_config(partial / "models_configs" / name, name, read_json(settings) if settings.is_file() else {})
@@ -68,10 +58,8 @@ def write(folder: Path, judged: Path, result: dict[str, Any], outputs: Outputs, 
         annotations = partial / "results" / name / (judge["name"] if judge["shipped"] else judged.name)
         annotations.mkdir()
         shutil.copy(judged / judging.ANNOTATIONS, annotations)
-        row = _leaderboard().iloc[:0].reindex([name])
-        for column in row:
-            row[column] = {**result, "mode": "community"}[column]
-        row.to_csv(partial / ROW)
+        columns = _leaderboard().columns
+        pandas.DataFrame([{**result, "mode": "community"}], index=[name], columns=columns).to_csv(partial / ROW)
         (weights,) = (judged / judging.WEIGHTS).glob("*/baseline_*.csv")
         shutil.copy(weights, partial / WEIGHTS_ROW)
 
@@ -87,13 +75,12 @@ def _write_config(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """The package's description of a model. It is for people: the package merges adapters, which steering cannot."""
     import yaml
 
-    names = {"model_name": "model", "adapters_name": "adapter"}
-    names |= {key: key for key in ("max_new_tokens", "temperature", "top_p")}
-    keywords = {key: settings[given] for key, given in names.items() if settings.get(given) is not None}
+    names = {"model": "model_name", "adapter": "adapters_name"}
+    taken = ("model", "adapter", "max_new_tokens", "temperature", "top_p")
     config = {
         "prompt_template": f"{name}/prompt.txt",
         "fn_completions": "openai_completions" if settings.get("endpoint") else "huggingface_local_completions",
-        "completions_kwargs": {**keywords, "do_sample": bool(settings.get("temperature"))},
+        "completions_kwargs": {names.get(key, key): settings[key] for key in taken if settings.get(key) is not None},
         "pretty_name": name,
     }
     write_text(folder / "configs.yaml", yaml.safe_dump({name: config}, sort_keys=False))

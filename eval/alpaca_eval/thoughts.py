@@ -48,6 +48,5 @@ def why_empty(choice: dict[str, Any]) -> str:
     """Why a choice holds no text, as far as it says so."""
     if refusal := (choice.get("message") or {}).get("refusal"):
         return f"The model refuses: {str(refusal)[:200]!r}."
-    reason = choice.get("finish_reason")
-    spent = ": all tokens were spent, on thoughts perhaps" if reason == "length" else ""
-    return f"The answer has no text (finish_reason {reason}{spent})."
+    spent = ": all tokens were spent, on thoughts perhaps" if choice.get("finish_reason") == "length" else ""
+    return f"The answer has no text (finish_reason {choice.get('finish_reason')}{spent})."

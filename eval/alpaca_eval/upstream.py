@@ -15,17 +15,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-NAME = "alpaca_eval"
+from typing import Any
 
 
 def folder() -> Path:
-    """Where the package lies; finding it does not import it.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    found = importlib.util.find_spec(NAME)
+    """Where the package lies, without importing it. Raises `ImportError` if it is not installed."""
+    found = importlib.util.find_spec("alpaca_eval")
     if found is None or found.origin is None:
         raise ImportError("Judging and submissions need the package alpaca-eval: pip install 'trl-steer[alpaca]'")
     return Path(found.origin).parent
@@ -39,10 +34,10 @@ def load() -> types.ModuleType:
         with _pkg_resources(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
             for name in ("annotators", "metrics.glm_winrate", "utils", "decoders.openai"):
-                importlib.import_module(f"{NAME}.{name}")
+                importlib.import_module(f"alpaca_eval.{name}")
     finally:
         logging.getLogger().setLevel(level)
-    return sys.modules[NAME]
+    return sys.modules["alpaca_eval"]
 
 
 @contextmanager
@@ -67,11 +62,9 @@ def _pkg_resources() -> Iterator[None]:
         return
     from packaging.version import parse
 
-    stand_in = types.ModuleType("pkg_resources")
-    stand_in.get_distribution = lambda name: types.SimpleNamespace(  # type: ignore[attr-defined]
-        version=importlib.metadata.version(name)
-    )
-    stand_in.parse_version = parse  # type: ignore[attr-defined]
+    stand_in: Any = types.ModuleType("pkg_resources")
+    stand_in.get_distribution = lambda name: types.SimpleNamespace(version=importlib.metadata.version(name))
+    stand_in.parse_version = parse
     sys.modules["pkg_resources"] = stand_in
     try:
         yield

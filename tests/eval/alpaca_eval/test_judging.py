@@ -243,6 +243,26 @@ def test_a_judge_that_calls_a_function_is_read_by_its_own_parser(outputs, refere
     assert found["win_rate"] == found["discrete_win_rate"]
 
 
+@pytest.mark.parametrize("said", ["None", "False", "3", "'1'", "[1, 2]", "nonsense"])
+def test_what_is_no_preference_does_not_count(outputs, reference_folder, tmp_path, said):
+    (tmp_path / "prompt.txt").write_text("Which is better? {instruction} {output_1} {output_2}")
+    settings = {"prompt_template": "prompt.txt", "completions_kwargs": {"model_name": "m"}}
+    settings["fn_completion_parser"] = "eval_parser"
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump({"mine": settings}))
+    answers = iter(["1", "2"])
+
+    def answer(number, instruction):
+        content = next(answers, said)
+        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+
+    with LoopbackJudge(answer) as server:
+        more = ("--judge", str(tmp_path / "judge.yaml"), "--limit", "3", "--in-flight", "1")
+        assert alpaca_judging.judge(outputs, reference_folder, server.url, *more) == 1
+    found = alpaca_judging.result(outputs.parent)
+    assert (found["n_total"], len(found["missing_rows"])) == (2, 1)
+    assert "names no winner" in next(iter(found["failures"]))
+
+
 @pytest.mark.parametrize(
     ("row", "said"), [("text", "should be an object"), ({"output": "\ud83d"}, "holds half of a surrogate pair")]
 )
