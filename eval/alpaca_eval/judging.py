@@ -34,9 +34,8 @@ def ask(
     """Has the package annotate the outputs, with every answer of the judge written down as it comes in.
 
     Returns a data frame of judgements, indexed by canonical row, and why rows have none. For arguments see
-    [`Completions`]; each judge has a folder of its own in `cache`.
-
-    Raises `ValueError` if the package cannot make a judge of its settings, `EndpointError` if the first call fails.
+    [`Completions`]; each judge has a folder of its own in `cache`. Raises `ValueError` for settings
+    of which the package cannot make a judge, and `EndpointError` if the first call fails.
     """
     import pandas
 
@@ -48,8 +47,8 @@ def ask(
         journal = Journal(judge.folder(cache) / ANSWERS)
         single.fn_completions = stand_in = Completions(single, judge, client, journal, pattern, confirm)
         single.fn_completion_parser, single.completions_kwargs = stand_in.preferences, {}
-        theirs = pandas.DataFrame([reference.rows[row] for row in outputs.by_row])
         rows, texts = list(outputs.by_row), list(outputs.by_row.values())
+        theirs = pandas.DataFrame([reference.rows[row] for row in rows])
         ours = theirs.assign(output=texts, generator=outputs.generator, row=rows)
         annotated = annotator.annotate_head2head(theirs, ours, is_ordered=True, chunksize=None)
     return pandas.DataFrame(annotated).set_index("row").rename_axis(None), dict(stand_in.failures)

@@ -42,8 +42,9 @@ def load() -> types.ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is logged: the package logs whole answers, and a traceback for each that is missing."""
-    before = logging.root.manager.disable
+    """Nothing is logged or drawn. The package logs whole answers, and a traceback for each that is missing."""
+    before, utils = logging.root.manager.disable, load().utils
+    theirs, utils.tqdm = utils.tqdm, types.SimpleNamespace(tqdm=lambda iterable, **_: iterable)
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -52,6 +53,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        utils.tqdm = theirs
 
 
 @contextmanager

@@ -10,12 +10,10 @@ import csv
 import importlib.util
 import itertools
 import json
-import logging
 import random
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +52,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
             numbers[OURS] = result["length_controlled_winrate"]
 
         theirs = _package_alone(upstream.load(), folder, url, fresh, numbers)
-        with _silent():
+        with upstream.quiet():
             times = alternate({OURS: ours, THEIRS: theirs}, repeats, device)
     if abs(numbers[OURS] - numbers[THEIRS]) > 1e-6:
         raise RuntimeError(f"the two do not agree on the length-controlled win rate: {numbers}")
@@ -123,19 +121,6 @@ def _write(folder: Path, count: int) -> None:
         writer.writerow(columns)
         for name, index in itertools.product(("concise", "verbose"), range(count)):
             writer.writerow([index, difficulties[index], draw.gauss(0, 1), draw.random(), False, name])
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the package's warnings, whose printing would take time."""
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger().setLevel(level)
 
 
 @contextmanager

@@ -106,9 +106,8 @@ def test_a_refused_connection_is_said_after_one_call(outputs, reference_folder, 
     with LoopbackJudge() as server:
         url = server.url
     assert alpaca_judging.judge(outputs, reference_folder, url, "--retries", "0") == 1
-    shown = capsys.readouterr().err
-    assert "gave no first judgement. No connection to" in shown
-    assert "Traceback" not in shown
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "gave no first judgement. No connection to" in line
 
 
 def test_a_judge_without_logprobs_is_said_after_one_row(outputs, reference_folder, capsys):
