@@ -35,15 +35,18 @@ def load(model: str, adapter: str | None = None, *, dtype: Any = "auto", device:
     return loaded.eval(), tokenizer
 
 
-def load_base(model: str, adapter: str | None, *, dtype: Any = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """What [`load`] loads the adapter onto: its tokenizer, and `model` with an embedding for each token of that."""
+def load_base(
+    model: str, adapter: str | None, *, dtype: Any = "auto", device: str | None = None, revision: str = "main"
+) -> tuple[Any, Any]:
+    """What [`load`] loads the adapter onto: `model` with an embedding for each token of the adapter's tokenizer, and
+    that tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = found.type if found else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=revision)
     own = adapter is not None and _has_tokenizer(adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter if own else model)
     if own and len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:

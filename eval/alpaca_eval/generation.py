@@ -1,55 +1,31 @@
-"""Writing a model's outputs, row by row on the disk, and together in canonical order when all are there."""
+"""Writing a model's outputs, batch by batch on the disk, and together in canonical order when all are there."""
 
-from __future__ import annotations
-
-import threading
+import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trl_steer.files import read_json, write_json
+from trl_steer.files import read_json, write_json, write_text
 
-from .completions import GIVE_UP_AFTER
+from .client import Client
 from .journal import Journal
-from .rows import OUTPUTS
+from .reference import OUTPUTS
+from .thoughts import Output
 
 SETTINGS = "generation.json"
 PROGRESS = "progress.jsonl"
 
-# Takes the canonical rows of a batch and gives their outputs.
-Answer = Callable[[Sequence[int]], Sequence[str]]
-
-
-class GenerationError(RuntimeError):
-    """Some rows have no output."""
-
 
 def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes down how the outputs in `folder` come about.
-
-    Raises:
-        ValueError: if the folder holds outputs that came about in another way.
-    """
-    path = folder / SETTINGS
-    if path.is_file() and Journal(folder / PROGRESS).read():  # settings that gave no output may be corrected
-        before = read_json(path)
-        changed = [
-            f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
-            for name in dict.fromkeys([*before, *settings])
-            if before.get(name) != settings.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds outputs of other settings ({'; '.join(changed)}). Name another --output."
-            )
-    write_json(path, dict(settings))
-
-
-def batches(rows: Sequence[int], lengths: Mapping[int, int], size: int) -> list[list[int]]:
-    """Rows of about equal length together, the longest first, so that a lack of memory shows itself at once."""
-    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    """Writes down how the outputs in `folder` come about. Raises `ValueError` if it holds others."""
+    # Settings that gave no output may be corrected.
+    before = read_json(folder / SETTINGS) if Journal(folder / PROGRESS).read() else dict(settings)
+    names = dict.fromkeys([*before, *settings])
+    pairs = {name: (before.get(name), settings.get(name)) for name in names}
+    changed = [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise ValueError(f"{folder} holds outputs of other settings ({'; '.join(changed)}). Name another --output.")
+    write_json(folder / SETTINGS, dict(settings))
 
 
 def generate(
@@ -57,78 +33,53 @@ def generate(
     reference_rows: Sequence[Mapping[str, str]],
     rows: Sequence[int],
     name: str,
-    answer: Answer,
+    answer: Callable[[list[str]], Sequence[Output]],
     batch_size: int = 1,
-    in_flight: int | None = None,
-) -> Path:
+    client: Client | None = None,
+) -> int:
     """Asks for what is not there yet, and writes `model_outputs.json` once every row has an output.
 
     Args:
-        folder (`Path`): Holds, after each batch, all that is finished.
-        reference_rows (`Sequence[Mapping]`): The reference set in canonical order.
-        rows (`Sequence[int]`): Which of it to answer.
-        name (`str`): The model's name, column `generator` of the outputs.
-        answer (`Callable`): Gives the outputs for a batch of canonical rows.
-        batch_size (`int`): Rows in a batch.
-        in_flight (`int`, *optional*): Batches at a time, of which one that fails does not end the others. None for a
-            model in this process: whatever goes wrong with it is raised at once.
+        folder (`Path`): Holds, after each batch, all that is finished; thoughts only in its journal.
+        rows (`Sequence[int]`): Which of the reference set to answer.
+        answer (`Callable`): Gives the outputs for a batch of instructions.
+        client (`Client`, *optional*): Of a served model, where a row that fails does not end the others.
 
-    Raises:
-        GenerationError: if rows are left without an output. What is finished stays.
+    Returns the number of empty outputs. Raises `RuntimeError` if rows are left without one; what is finished stays.
     """
     from tqdm import tqdm
 
     journal = Journal(folder / PROGRESS)
-    done = {record["row"]: record["output"] for record in journal.read()}
-    lengths = {row: len(reference_rows[row]["instruction"]) for row in rows}
+    # One record for a batch: the rest of one would be answered with other neighbours, and differently.
+    done = {each["row"]: each["output"] for record in journal.read() for each in record["outputs"]}
+    # Rows of about equal length together, the longest first, so that a lack of memory shows itself at once.
+    ordered = sorted(rows, key=lambda row: (-len(reference_rows[row]["instruction"]), row))
     # Batches do not depend on what is finished, except that finished rows are left out of them.
-    pending = [[row for row in batch if row not in done] for batch in batches(rows, lengths, batch_size)]
-    pending = [batch for batch in pending if batch]
-    lock = threading.Lock()
-    errors: list[str] = []
-    in_a_row = 0
-    count = sum(map(len, pending))
-    with tqdm(total=len(rows), initial=len(rows) - count, desc="generating", unit="row", disable=None) as bar:
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    pending = [left for batch in batches if (left := [row for row in batch if row not in done])]
+    before = len(rows) - sum(map(len, pending))
 
-        def work(batch: list[int]) -> None:
-            nonlocal in_a_row
-            if in_a_row >= GIVE_UP_AFTER:
-                return
-            try:
-                outputs = answer(batch)
-            except (OSError, RuntimeError, ValueError) as error:
-                if in_flight is None:
-                    raise
-                with lock:
-                    errors.append(str(error))
-                    in_a_row += 1
-                return
-            records = ({"row": row, "output": output} for row, output in zip(batch, outputs, strict=True))
-            kept = journal.append(*records)
-            with lock:
-                in_a_row = 0
-                done.update((record["row"], record["output"]) for record in kept)
-                bar.update(len(batch))
+    def work(batch: list[int]) -> int:
+        found = answer([reference_rows[row]["instruction"] for row in batch])
+        pairs = zip(batch, found, strict=True)
+        outputs = [{"row": row, "output": output.text, "thought": output.thought} for row, output in pairs]
+        journal.append({"outputs": outputs})
+        done.update((each["row"], each["output"]) for each in outputs)
+        return len(batch)
 
-        if in_flight is None:
+    if client is not None:
+        failures = client.ask_all(pending, work, before, len(rows))
+        if failures:
+            reasons = "; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(2))
+            raise RuntimeError(
+                f"{sum(row not in done for row in rows)} of {len(rows)} rows have no output ({reasons}). The same "
+                "command asks for them, and for nothing else, again."
+            )
+    else:
+        with tqdm(total=len(rows), initial=before, unit="row", disable=None) as bar:
             for batch in pending:
-                work(batch)
-        else:
-            with ThreadPoolExecutor(in_flight) as pool:
-                list(pool.map(work, pending))
-    if errors:
-        raise GenerationError(
-            f"{len(rows) - sum(row in done for row in rows)} of {len(rows)} rows have no output; the last error: "
-            f"{errors[-1]}. The same command asks for them, and for nothing else, again."
-        )
-    outputs = [
-        {
-            "dataset": reference_rows[row]["dataset"],
-            "instruction": reference_rows[row]["instruction"],
-            "output": done[row],
-            "generator": name,
-        }
-        for row in sorted(rows)
-    ]
-    write_json(folder / OUTPUTS, outputs)
-    return folder / OUTPUTS
+                bar.update(work(batch))
+    outputs = [{**reference_rows[row], "output": done[row], "generator": name} for row in sorted(rows)]
+    # In ASCII, which carries whatever the model wrote, half of a surrogate pair for example.
+    write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
+    return sum(not done[row] for row in rows)

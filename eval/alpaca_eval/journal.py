@@ -4,8 +4,6 @@ A file that is written anew after every chunk, as the cache of `alpaca-eval` is,
 and, if the process is killed while it writes, everything. A line that was cut off costs only itself.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -16,11 +14,7 @@ from typing import Any
 
 
 class Journal:
-    """An append-only file of records. Several threads, and several processes, may append.
-
-    Args:
-        path (`Path`): The file; it and its folder are made when the first record is appended.
-    """
+    """An append-only file of records; it is made with the first one. Several threads and processes may append."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -28,35 +22,23 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records, in the order of their appending."""
-        if not self.path.is_file():
-            return []
         records = []
-        for line in self.path.read_bytes().split(b"\n"):
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else []:
             try:
                 records.append(json.loads(line))
             except ValueError:
                 continue  # an empty line, or one that a killed process left unfinished
         return [record for record in records if isinstance(record, dict)]
 
-    def append(self, *records: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Writes the records, all in one piece; when this returns, they are on the disk.
-
-        Returns:
-            `list[dict]`: The records as they will be read. Half of a surrogate pair, which JSON can carry and a file
-            cannot, is a question mark.
-
-        Raises:
-            OSError: if they cannot be written as a whole.
-        """
-        encoded = [json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") for record in records]
-        lines = b"".join(line + b"\n" for line in encoded)
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes a record, which is on the disk when this returns; raises `OSError` if it cannot be."""
+        line = json.dumps(record).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("ab+", buffering=0) as file:
             # Behind an unfinished line, start a new one.
             if size := file.seek(0, os.SEEK_END):
                 file.seek(size - 1)
-                lines = lines if file.read(1) == b"\n" else b"\n" + lines
-            if file.write(lines) != len(lines):  # an unbuffered file says so instead of raising
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            if file.write(line) != len(line):  # an unbuffered file says so instead of raising
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(file.fileno())
-        return [json.loads(line) for line in encoded]

@@ -1,112 +1,77 @@
-"""A judge's verdict on a model: judgements by the package, kept here, and a file that says what they are worth."""
+"""A judge's verdict on a model: judgements and metrics by the package, and a file that says what they are worth."""
 
-from __future__ import annotations
-
-import platform
+import math
+import re
 import shutil
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl_steer.files import read_json, write_json, write_text
 
-from . import metrics, package
-from .completions import Completions, Estimate, Settings, as_preferences
+from . import upstream
+from .client import Client
 from .journal import Journal
-from .judges import LEADERBOARD, OPENAI, Judge, JudgeError
-from .redaction import Redactor
-from .reference import COUNT, Reference
-from .rows import Outputs
+from .judges import CONFIG, LEADERBOARD, OPENAI, Judge
+from .reference import COUNT, Outputs, Reference
 
-if TYPE_CHECKING:
-    import pandas
-
-RESULT = "result.json"
-ANNOTATIONS = "annotations.json"
-WEIGHTS = "weights"
-ANSWERS = "answers.jsonl"
-# The order in which a judge sees the two outputs is drawn with it, from the text of the instruction.
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Judgements by canonical row, and what it took to get them."""
-
-    annotations: pandas.DataFrame
-    requests: int
-    failures: dict[str, int]
-
-
-def default_cache() -> Path:
-    """Where answers of judges are kept unless the user says otherwise: in the Hugging Face cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "trl_steer" / "alpaca_eval"
+RESULT, ANNOTATIONS, WEIGHTS, ANSWERS = "result.json", "annotations.json", "weights", "answers.jsonl"
+NUMBERS = ("length_controlled_winrate", "lc_standard_error", "win_rate", "standard_error")
 
 
 def ask(
     outputs: Outputs,
     reference: Reference,
     judge: Judge,
+    client: Client,
     cache: Path,
-    settings: Settings,
-    confirm: Callable[[Estimate], None],
-) -> Judged:
+    confirm: Callable[[str], None],
+    pattern: re.Pattern[str] | None = None,
+) -> tuple[Any, dict[str, int]]:
     """Has the package annotate the outputs, with every answer of the judge written down as it comes in.
 
-    Raises:
-        JudgeError: if the package cannot make a judge of its settings.
-        AskingError: if the first call fails.
+    Returns a data frame of judgements, indexed by canonical row, and why rows have none. For arguments see
+    [`Completions`]; each judge has a folder of its own in `cache`. Raises `ValueError` for settings
+    of which the package cannot make a judge, and `EndpointError` if the first call fails.
     """
     import pandas
 
-    redactor = Redactor(judge.keys)
-    with package.quiet(redactor):
-        config = judge.write(cache)
+    from .completions import Completions
+
+    with upstream.quiet():
+        annotator = _annotator(judge)
+        (single,) = annotator.annotators.values()
+        journal = Journal(judge.folder(cache) / ANSWERS)
+        single.fn_completions = stand_in = Completions(single, judge, client, journal, pattern, confirm)
+        single.fn_completion_parser, single.completions_kwargs = stand_in.preferences, {}
+        rows, texts = list(outputs.by_row), list(outputs.by_row.values())
+        theirs = pandas.DataFrame([reference.rows[row] for row in rows])
+        ours = theirs.assign(output=texts, generator=outputs.generator, row=rows)
+        annotated = annotator.annotate_head2head(theirs, ours, is_ordered=True, chunksize=None)
+    return pandas.DataFrame(annotated).set_index("row").rename_axis(None), dict(stand_in.failures)
+
+
+def _annotator(judge: Judge) -> Any:
+    import yaml
+
+    with tempfile.TemporaryDirectory() as scratch:
+        # The package wants the path of a prompt relative to the folder above that of the configuration.
+        folder = Path(scratch) / judge.label
+        config = {**judge.config, "prompt_template": f"{folder.name}/prompt.txt"}
+        write_text(folder / "prompt.txt", judge.config["prompt_template"])
+        write_text(folder / CONFIG, yaml.safe_dump({judge.name: config}, sort_keys=False))
         try:
-            annotator = package.load().annotators.PairwiseAnnotator(
-                annotators_config=config,
-                seed=SEED,
+            return upstream.load().annotators.PairwiseAnnotator(
+                annotators_config=folder / CONFIG,
                 caching_path=None,
                 is_avoid_reannotations=False,
                 is_store_missing_annotations=False,
             )
         except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise JudgeError(
-                f"the package alpaca-eval cannot make a judge of {judge.name}'s settings: {redactor(str(error))}"
-            ) from error
-        journal = Journal(judge.folder(cache) / ANSWERS)
-        stand_ins = []
-        for single in annotator.annotators.values():
-            single.fn_completion_parser = as_preferences(single.fn_completion_parser)
-            single.fn_completions = Completions(single, judge, journal, settings, redactor, confirm)
-            stand_ins.append(single.fn_completions)
-        rows = list(outputs.by_row)
-        theirs = [{name: reference.rows[row][name] for name in ("instruction", "output")} for row in rows]
-        annotated = annotator.annotate_head2head(
-            pandas.DataFrame(
-                {**each, "generator": reference.rows[0]["generator"], "dataset": reference.rows[row]["dataset"]}
-                for row, each in zip(rows, theirs, strict=True)
-            ),
-            pandas.DataFrame(
-                {
-                    "instruction": each["instruction"],
-                    "output": outputs.by_row[row],
-                    "generator": outputs.generator,
-                    "row": row,
-                }
-                for row, each in zip(rows, theirs, strict=True)
-            ),
-            is_ordered=True,
-            chunksize=None,
-        )
-    failures: Counter[str] = sum((stand_in.failures for stand_in in stand_ins), Counter())
-    table = pandas.DataFrame(annotated).set_index("row").rename_axis(None)
-    return Judged(table, sum(stand_in.requests for stand_in in stand_ins), dict(failures))
+            raise ValueError(f"The package alpaca-eval makes no judge of {judge.name}'s settings: {error}") from error
 
 
 def is_about(folder: Path, outputs: Outputs) -> bool:
@@ -116,36 +81,29 @@ def is_about(folder: Path, outputs: Outputs) -> bool:
     return all(outputs.by_row.get(each["row"]) == each["output_2"] for each in read_json(folder / ANNOTATIONS))
 
 
-def evaluate(judged: Judged, outputs: Outputs, reference: Reference, judge: Judge, folder: Path) -> dict[str, Any]:
-    """Writes annotations, coefficients and the result file into `folder`; returns the result."""
-    finished = judged.annotations[judged.annotations["preference"].notna()].copy()
-    finished["preference"] = finished["preference"].astype(float)
+def evaluate(
+    annotations: Any, failures: dict[str, int], outputs: Outputs, reference: Reference, judge: Judge, folder: Path
+) -> dict[str, Any]:
+    """Writes what [`ask`] returned, coefficients and the result file into `folder`; returns the result."""
+    finished = annotations[annotations["preference"].notna()].astype({"preference": float})
     # With fewer digits, which is what pandas writes by default, the metrics could not be computed again from the file.
     records = finished.reset_index(names="row").to_json(orient="records", indent=2, double_precision=15)
     write_text(folder / ANNOTATIONS, records)
-    numbers: dict[str, Any] = {}
     # The package adds to the tables that it finds, which may be of another name or of another number of rows.
     shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
-    if len(finished):
-        assert reference.gamed is not None
-        with package.quiet(Redactor(judge.keys)):
-            numbers = metrics.compute(finished, reference.gamed, folder / WEIGHTS)
     missing = sorted(set(outputs.by_row) - set(finished.index))
     result = {
         "name": outputs.generator,
-        **dict.fromkeys((*metrics.NUMBERS, "avg_length"), None),
+        **dict.fromkeys((*NUMBERS, "avg_length")),
         "n_total": 0,
-        **numbers,
-        "n_expected": COUNT,
+        **(metrics(finished, reference, folder / WEIGHTS) if len(finished) else {}),
         "complete": not missing,
         "missing_rows": missing,
-        "failures": judged.failures,
-        "requests": judged.requests,
-        "price_dollars": _price(finished),
+        "failures": failures,
         "judge": judge.describe(),
         "baseline": reference.rows[0]["generator"],
         "reference": reference.describe(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {name: version(name) for name in ("trl-steer", "alpaca-eval", "scikit-learn", "pandas")},
     }
     reasons = not_comparable(result)
     result = {**result, "comparable": not reasons, "not_comparable_because": reasons}
@@ -153,32 +111,45 @@ def evaluate(judged: Judged, outputs: Outputs, reference: Reference, judge: Judg
     return result
 
 
-_PACKAGES = ("trl-steer", "alpaca-eval", "scikit-learn", "pandas", "openai")
+def metrics(annotations: Any, reference: Reference, weights: Path) -> dict[str, Any]:
+    """The package's numbers for judgements indexed by canonical row, None for NaN; `weights` is for coefficients."""
+    package = upstream.load().metrics
+    ordered = annotations.sort_index()  # folds of the cross-validation depend on the order
+    with upstream.quiet(), local_table(reference.gamed):
+        try:
+            found = package.get_length_controlled_winrate(
+                ordered, save_weights_dir=weights, is_add_glm_preference_inplace=False
+            )
+        except (ValueError, ArithmeticError, LookupError):  # too few rows, or all alike
+            found = {**dict.fromkeys(NUMBERS, math.nan), **package.get_winrate(ordered)}
+    numbers = {name: None if math.isnan(value) else float(value) for name, value in found.items()}
+    counts = {name: int(value) for name, value in found.items() if name.startswith("n_")}
+    # As the package counts it: over the model's outputs, in characters, rounded down.
+    return {**numbers, **counts, "avg_length": int(ordered["output_2"].str.len().mean())}
+
+
+@contextmanager
+def local_table(gamed: Path | None) -> Iterator[None]:
+    """The package downloads the table, at no fixed revision, each time it computes metrics; it gets ours instead."""
+    glm = upstream.load().metrics.glm_winrate
+    theirs = glm.hf_hub_download
+    glm.hf_hub_download = lambda **_: str(gamed)
+    try:
+        yield
+    finally:
+        glm.hf_hub_download = theirs
 
 
 def not_comparable(result: dict[str, Any]) -> list[str]:
     """Why a result cannot be held against the leaderboard; empty if it can."""
-    judge, reasons = result["judge"], []
-    if result["n_total"] != COUNT:
-        reasons.append(f"{result['n_total']} of {COUNT} instructions have a judgement")
-    reasons += [f"{name} is no number" for name in metrics.NUMBERS[:4] if result[name] is None]
-    if judge["name"] != LEADERBOARD or not judge["shipped"]:
-        models = ", ".join(judge["models"])
-        reasons.append(f"the judge is {judge['name']} ({models}), and the leaderboard's is {LEADERBOARD} as shipped")
-    if judge["endpoint"] != OPENAI:
-        reasons.append(f"the judge was asked at {judge['endpoint'] or 'its provider'}, not at {OPENAI}")
-    if result["name"] == result["baseline"]:
-        reasons.append(
-            f"the model is named {result['name']} like the baseline, whose numbers the package then gives it"
-        )
-    if not result["reference"]["verified"]:
-        reasons.append("the reference files could not be verified against the Hub")
-    return reasons
-
-
-def _price(annotations: pandas.DataFrame) -> float | None:
-    """Dollars for the judgements that counted, by the package's price table; None where it knows no price."""
-    name = "preference_price_per_example"
-    if name not in annotations or annotations[name].isna().all():
-        return None
-    return float(annotations[name].sum())
+    judge = result["judge"]
+    reasons = {
+        f"{result['n_total']} of {COUNT} instructions have a judgement": result["n_total"] != COUNT,
+        **{f"{name} is no number": result[name] is None for name in NUMBERS},
+        f"the judge is {judge['name']} ({judge['model']}), not {LEADERBOARD} as shipped": judge["name"] != LEADERBOARD
+        or not judge["shipped"],
+        f"the judge was asked at {judge['endpoint']}, not at {OPENAI}": judge["endpoint"] != OPENAI,
+        "the model is named like the baseline, whose numbers it then gets": result["name"] == result["baseline"],
+        "the reference files are copies, not those of the Hub": result["reference"]["revision"] is None,
+    }
+    return [reason for reason, holds in reasons.items() if holds]

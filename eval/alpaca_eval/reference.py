@@ -1,14 +1,12 @@
-"""The 805 instructions with the outputs they are compared to, and the table that length control needs.
+"""The 805 instructions with the outputs they are compared to, the table that length control needs, a model's outputs.
 
-Both are plain files of the Hub dataset repository, read at one revision. (Its dataset *script*, which `alpaca-eval`
-loads by default, is no longer run by `datasets`; and it fetches the table only after every call of the judge is paid.)
+The first two are plain files of the Hub dataset repository, read at one revision. (Its dataset *script*, which
+`alpaca-eval` loads by default, is no longer run by `datasets`; and it fetches the table after the last paid call.)
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
-import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,154 +16,123 @@ REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
 BASELINE = "alpaca_eval_gpt4_baseline.json"
 GAMED = "df_gamed.csv"
 COUNT = 805
-
+OUTPUTS = "model_outputs.json"
 BASELINE_COLUMNS = ("instruction", "output", "generator", "dataset")
-GAMED_COLUMNS = (
-    "index",
-    "instruction_difficulty",
-    "std_delta_len",
-    "preference",
-    "not_gamed_baseline",
-    "model",
-)
-_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-
-class ReferenceSetError(ValueError):
-    """The reference files cannot be had, or are not what they should be."""
+OUTPUT_COLUMNS = BASELINE_COLUMNS[:3]
+GAMED_COLUMNS = ("index", "instruction_difficulty", "std_delta_len", "preference", "not_gamed_baseline", "model")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference set.
+    """The reference set. A row's place in `rows` is its canonical index; `gamed` is the table for length control.
 
-    Attributes:
-        rows (`list[dict]`): In canonical order; a row's place in this list is its canonical index.
-        folder (`Path`, *optional*): The local copy it was read from; None for the Hub.
-        gamed (`Path`, *optional*): The table for length control, where it was asked for.
-        sha256 (`dict[str, str]`): Checksums by file name.
-        verified (`bool`): Whether the files are byte for byte those of the Hub at the pinned revision.
+    `verified` says whether the files are those of the Hub at the pinned revision, and not copies.
     """
 
     rows: list[dict[str, str]]
-    folder: Path | None
     gamed: Path | None
     sha256: dict[str, str]
     verified: bool
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "repository": REPOSITORY,
-            "revision": REVISION if self.verified else None,
-            "rows": len(self.rows),
-            "sha256": self.sha256,
-            "verified": self.verified,
-        }
+        return {"revision": REVISION if self.verified else None, "rows": len(self.rows), "sha256": self.sha256}
 
 
 def load(folder: Path | None = None, with_gamed: bool = True) -> Reference:
-    """Reads the reference set, from the Hub or from copies of its files.
+    """Reads the reference set from the Hub, or from a folder with copies of its files.
 
-    Args:
-        folder (`Path`, *optional*): Holds copies of the files under their own names. Without it they are taken from
-            the Hub at the pinned revision, or from the Hub's cache.
-        with_gamed (`bool`, *optional*, defaults to `True`): Whether to get the table for length control too.
-
-    Raises:
-        ReferenceSetError: if a file is missing or damaged, is not the Hub's, or lacks rows or columns.
+    Raises `ValueError` if a file is missing, or lacks rows or columns.
     """
     paths = {name: _find(name, folder) for name in (BASELINE, GAMED)[: 2 if with_gamed else 1]}
-    expected = {name: _hub_digest(name, path, folder) for name, path in paths.items()}
-    for name, digest in expected.items():
-        if digest and digest != _digest(paths[name], len(digest)) and folder is None:
-            raise ReferenceSetError(
-                f"{paths[name]} is damaged: its checksum is not {digest}. Delete it and run again."
-            )
-    rows = _read_baseline(paths[BASELINE])
+    try:
+        rows = json.loads(paths[BASELINE].read_text(encoding="utf-8"))
+        whole = all(isinstance(row[name], str) for row in rows for name in BASELINE_COLUMNS)
+    except (LookupError, TypeError, ValueError):
+        whole, rows = False, []
+    if not rows or not whole or (folder is None and len(rows) != COUNT):
+        raise ValueError(f"{paths[BASELINE]} should hold {COUNT} rows of {', '.join(BASELINE_COLUMNS)}.")
     if with_gamed:
         _check_gamed(paths[GAMED], len(rows))
-    verified = all(digest == _digest(paths[name], len(digest or "")) for name, digest in expected.items())
-    if verified and len(rows) != COUNT:
-        raise ReferenceSetError(f"{paths[BASELINE]} has {len(rows)} rows, expected {COUNT}.")
-    sha256 = {name: _digest(path, 64) for name, path in paths.items()}
-    return Reference(rows, folder, paths.get(GAMED), sha256, verified)
+    sha256 = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+    return Reference(rows, paths.get(GAMED), sha256, verified=folder is None)
 
 
 def _find(name: str, folder: Path | None) -> Path:
-    if folder is not None:
-        if not (folder / name).is_file():
-            raise ReferenceSetError(
-                f"{folder} has no {name}; --reference wants copies of {BASELINE} and {GAMED} of the Hub dataset "
-                f"{REPOSITORY} at revision {REVISION}."
-            )
-        return folder / name
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", revision=REVISION))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ReferenceSetError(
-            f"{name} of {REPOSITORY} cannot be fetched ({type(error).__name__}). Without network access, name a "
-            f"folder with copies of {BASELINE} and {GAMED} by --reference."
+        if folder is None:
+            return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", revision=REVISION))
+        return (folder / name).resolve(strict=True)
+    except (OSError, ValueError) as error:  # of the Hub's client, all of them
+        raise ValueError(
+            f"{folder or REPOSITORY} has no {name}, or not within reach ({type(error).__name__}). Name a folder with "
+            f"copies of {BASELINE} and {GAMED} of the Hub dataset {REPOSITORY}, revision {REVISION}, by --reference."
         ) from error
-
-
-def _hub_digest(name: str, path: Path, folder: Path | None) -> str | None:
-    """What the Hub says the file's checksum is: SHA-256 of a large file, else that of git. None where it is silent."""
-    if folder is None:
-        blob = path.resolve().name  # the cache names a file after its checksum
-        return blob if _DIGEST.fullmatch(blob) else None
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
-
-    if constants.is_offline_mode():
-        return None
-    url = hf_hub_url(REPOSITORY, name, repo_type="dataset", revision=REVISION)
-    try:
-        etag = get_hf_file_metadata(url, timeout=5).etag
-    except (HfHubHTTPError, FileMetadataError, OSError, RuntimeError):
-        return None
-    except Exception as error:  # the HTTP library's errors of connecting derive from Exception alone
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
-            raise
-        return None
-    return etag if etag and _DIGEST.fullmatch(etag) else None
-
-
-def _digest(path: Path, length: int) -> str:
-    content = path.read_bytes()
-    if length == 40:
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return hashlib.sha256(content).hexdigest()
-
-
-def _read_baseline(path: Path) -> list[dict[str, str]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReferenceSetError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise ReferenceSetError(f"{path} should hold a list of rows, got {type(rows).__name__}.")
-    for index, row in enumerate(rows):
-        lacking = [name for name in BASELINE_COLUMNS if not isinstance(row.get(name), str)]
-        if lacking:
-            raise ReferenceSetError(f"row {index} of {path} lacks {', '.join(lacking)}.")
-    if len({row["generator"] for row in rows}) != 1:
-        raise ReferenceSetError(f"{path} should hold the outputs of one generator.")
-    return rows
 
 
 def _check_gamed(path: Path, count: int) -> None:
     import pandas
 
     table = pandas.read_csv(path)
-    lacking = [name for name in GAMED_COLUMNS if name not in table]
-    if lacking:
-        raise ReferenceSetError(f"{path} lacks the columns {', '.join(lacking)}.")
+    index = table["index"].tolist() if set(GAMED_COLUMNS) <= set(table) else []
     # The package takes a row's difficulty by its position in this table, so the two must not differ.
-    first = table.drop_duplicates("index")["index"].rename_axis("position").reset_index()
-    if first["position"].tolist() != list(range(count)) or first["index"].tolist() != list(range(count)):
-        raise ReferenceSetError(
-            f"{path} should begin with one row for each of the {count} rows of {BASELINE}, in their order."
+    if index[:count] != list(range(count)) or set(index) != set(range(count)):
+        raise ValueError(
+            f"{path} should have the columns {', '.join(GAMED_COLUMNS)}, and begin with a row for each of the {count} "
+            f"of {BASELINE}, in their order."
         )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The model's name, and its output for each canonical row that has one, in their order."""
+
+    generator: str
+    by_row: dict[int, str]
+
+
+def find_outputs(path: Path) -> Path:
+    """The file of model outputs: `path` itself, or the one in that folder. Raises `ValueError` if there is none."""
+    file = path / OUTPUTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; expected a {OUTPUTS}, or a folder that `generate` has finished.")
+    return file
+
+
+def read_outputs(path: Path, reference: Reference) -> Outputs:
+    """Reads model outputs in any order, and gives each its canonical row by its instruction.
+
+    The package goes by the position in the file, and for a subset silently takes the difficulties of other rows.
+    Raises `ValueError` if there are other columns, unknown or repeated instructions, or several generators.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))  # some tools begin a file with a mark
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} should hold a list of rows with {', '.join(OUTPUT_COLUMNS)}.")
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(reference.rows):
+        places[row["instruction"]].append(index)
+    by_row, generators = {}, set()
+    for number, row in enumerate(rows):
+        where = f"Row {number} of {path}"
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in OUTPUT_COLUMNS):
+            raise ValueError(f"{where} should be an object with text in {', '.join(OUTPUT_COLUMNS)}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in row["output"]):
+            raise ValueError(f"{where} holds half of a surrogate pair, which is no character and cannot be sent.")
+        place = places[row["instruction"]]
+        if not place:
+            raise ValueError(
+                f"{where}: the instruction {row['instruction'][:60]!r} is not in the reference set, or there more "
+                "often than in it. Its text must be the reference's, character by character."
+            )
+        # Where an instruction is there twice, its data set tells which one is meant.
+        index = next((index for index in place if reference.rows[index]["dataset"] == row.get("dataset")), place[0])
+        place.remove(index)
+        by_row[index] = row["output"]
+        generators.add(row["generator"])
+    if len(generators) != 1:
+        raise ValueError(f"{path} should hold the outputs of one generator, got {', '.join(sorted(generators))}.")
+    return Outputs(generators.pop(), dict(sorted(by_row.items())))

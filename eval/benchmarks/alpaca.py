@@ -10,12 +10,10 @@ import csv
 import importlib.util
 import itertools
 import json
-import logging
 import random
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,27 +31,28 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
     """Yields the ratio of both, requests, files and metrics included; nothing for a GPU or without the package."""
     if device != "cpu" or importlib.util.find_spec("alpaca_eval") is None:
         return
-    from ..alpaca_eval import judges, judging, package, reference, rows
-    from ..alpaca_eval.completions import Settings
+    from ..alpaca_eval import judges, judging, reference, upstream
+    from ..alpaca_eval.client import Client
 
     count = 24 if quick else ROWS
     with tempfile.TemporaryDirectory() as scratch, _server() as url:
         folder = Path(scratch)
         _write(folder, count)
         known = reference.load(folder)
-        outputs = rows.read(folder / rows.OUTPUTS, known.rows)
+        outputs = reference.read_outputs(folder / reference.OUTPUTS, known)
         judge = judges.resolve(judges.LEADERBOARD, endpoint=url)
         numbers: dict[str, float] = {}
         fresh = (folder / str(number) for number in itertools.count())
 
         def ours() -> None:
             place = next(fresh)
-            judged = judging.ask(outputs, known, judge, place / "cache", Settings(IN_FLIGHT), lambda estimate: None)
-            result = judging.evaluate(judged, outputs, known, judge, place)
+            client = Client(url, in_flight=IN_FLIGHT)
+            judged = judging.ask(outputs, known, judge, client, place / "cache", lambda cost: None)
+            result = judging.evaluate(*judged, outputs, known, judge, place)
             numbers[OURS] = result["length_controlled_winrate"]
 
-        theirs = _package_alone(package.load(), folder, url, fresh, numbers)
-        with _silent():
+        theirs = _package_alone(upstream.load(), folder, url, fresh, numbers)
+        with upstream.quiet():
             times = alternate({OURS: ours, THEIRS: theirs}, repeats, device)
     if abs(numbers[OURS] - numbers[THEIRS]) > 1e-6:
         raise RuntimeError(f"the two do not agree on the length-controlled win rate: {numbers}")
@@ -73,7 +72,7 @@ def _package_alone(
     client = {"http_client": openai.DefaultHttpxClient()}
 
     def judge() -> None:
-        from ..alpaca_eval.metrics import local_table
+        from ..alpaca_eval.judging import local_table
 
         place = next(fresh)
         place.mkdir()
@@ -122,19 +121,6 @@ def _write(folder: Path, count: int) -> None:
         writer.writerow(columns)
         for name, index in itertools.product(("concise", "verbose"), range(count)):
             writer.writerow([index, difficulties[index], draw.gauss(0, 1), draw.random(), False, name])
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the package's warnings, whose printing would take time."""
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger().setLevel(level)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from loopback_judge import LoopbackJudge
 
-from trl_steer.eval.alpaca_eval import cli, package, rows
+from trl_steer.eval.alpaca_eval import cli, upstream
+from trl_steer.eval.alpaca_eval.reference import Reference, read_outputs
 
 METRICS = ("win_rate", "standard_error", "length_controlled_winrate", "lc_standard_error", "discrete_win_rate")
 
@@ -19,7 +20,7 @@ def by_the_package(records, gamed: Path, weights: Path) -> dict:
     """The package called by hand, on annotations of which each carries its canonical row as its index."""
     import pandas
 
-    glm = package.load().metrics.glm_winrate
+    glm = upstream.load().metrics.glm_winrate
     theirs = glm.hf_hub_download
     glm.hf_hub_download = lambda **_: str(gamed)
     try:
@@ -33,7 +34,7 @@ def annotated_by_the_package(outputs: Path, reference_folder: Path, url: str, tm
     """The package's own loop, cache and requests; with the canonical row carried along."""
     import pandas
 
-    module = package.load()
+    module = upstream.load()
     client = tmp_path / "client.yaml"
     client.write_text(yaml.safe_dump({"default": [{"api_key": "none", "base_url": url}]}))
     annotator = module.annotators.PairwiseAnnotator(annotators_config=alpaca_judging.JUDGE, caching_path=None)
@@ -72,7 +73,6 @@ def test_a_permuted_file_gives_the_same_numbers_and_asks_nothing(outputs, refere
     assert alpaca_judging.judge(permuted, reference_folder, judge.url, *shared) == 0
     assert judge.requests == 24
     second = alpaca_judging.result(permuted.parent)
-    assert second["requests"] == 0
     assert alpaca_judging.numbers(second) == alpaca_judging.numbers(first)
     # Judged anew, the order of the requests is another, and the numbers are not.
     assert alpaca_judging.judge(permuted, reference_folder, judge.url) == 0
@@ -104,7 +104,8 @@ def test_of_two_rows_with_one_instruction_the_data_set_tells_which_is_meant(tmp_
     ]
     given = [{**row, "output": row["dataset"], "generator": "m"} for row in reversed(reference)]
     path = alpaca_rows.write_outputs(tmp_path / "model_outputs.json", given)
-    assert rows.read(path, reference).by_row == {0: "koala", 1: "helpful"}
+    known = Reference(reference, None, {}, verified=False)
+    assert read_outputs(path, known).by_row == {0: "koala", 1: "helpful"}
 
 
 def test_a_model_with_the_name_of_the_baseline_is_not_comparable(outputs, reference_folder, judge):
@@ -185,16 +186,16 @@ def test_another_model_of_the_same_judge_is_asked_anew_and_not_comparable(output
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--judge", "nobody"], "there is no judge 'nobody'"),
+        (["--judge", "nobody"], "There is no judge 'nobody'"),
         (["--endpoint", "localhost:8000"], "is no URL like"),
-        (["--endpoint", "http://me:secret@localhost/v1"], "may not hold credentials"),
+        (["--endpoint", "http://me:secret@localhost/v1"], "without credentials"),
         (["--api-key-env", "NOWHERE_TO_BE_FOUND"], "NOWHERE_TO_BE_FOUND is empty"),
     ],
 )
 def test_mistakes_are_said_in_one_line_before_anything_is_asked(outputs, reference_folder, judge, capsys, more, said):
     assert alpaca_judging.judge(outputs, reference_folder, judge.url, *more) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("trl-steer alpaca-eval judge: error: ")
+    assert line.startswith("trl-steer alpaca-eval judge: ")
     assert said in line
     assert "secret" not in line
     assert judge.requests == 0
@@ -205,7 +206,7 @@ def test_mistakes_are_said_in_one_line_before_anything_is_asked(outputs, referen
     [
         ({"instruction": "Something else."}, "is not in the reference set"),
         ({"generator": "another"}, "one generator"),
-        ({"output": None}, "lacks output"),
+        ({"output": None}, "text in instruction, output, generator"),
     ],
 )
 def test_outputs_that_do_not_fit_are_refused(outputs, reference_folder, judge, capsys, change, said):
@@ -242,8 +243,28 @@ def test_a_judge_that_calls_a_function_is_read_by_its_own_parser(outputs, refere
     assert found["win_rate"] == found["discrete_win_rate"]
 
 
+@pytest.mark.parametrize("said", ["None", "False", "3", "'1'", "[1, 2]", "nonsense"])
+def test_what_is_no_preference_does_not_count(outputs, reference_folder, tmp_path, said):
+    (tmp_path / "prompt.txt").write_text("Which is better? {instruction} {output_1} {output_2}")
+    settings = {"prompt_template": "prompt.txt", "completions_kwargs": {"model_name": "m"}}
+    settings["fn_completion_parser"] = "eval_parser"
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump({"mine": settings}))
+    answers = iter(["1", "2"])
+
+    def answer(number, instruction):
+        content = next(answers, said)
+        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+
+    with LoopbackJudge(answer) as server:
+        more = ("--judge", str(tmp_path / "judge.yaml"), "--limit", "3", "--in-flight", "1")
+        assert alpaca_judging.judge(outputs, reference_folder, server.url, *more) == 1
+    found = alpaca_judging.result(outputs.parent)
+    assert (found["n_total"], len(found["missing_rows"])) == (2, 1)
+    assert "names no winner" in next(iter(found["failures"]))
+
+
 @pytest.mark.parametrize(
-    ("row", "said"), [("text", "should be an object"), ({"output": "\ud83d"}, "output holds half of a surrogate pair")]
+    ("row", "said"), [("text", "should be an object"), ({"output": "\ud83d"}, "holds half of a surrogate pair")]
 )
 def test_a_row_that_cannot_be_judged_is_named(outputs, reference_folder, judge, capsys, row, said):
     rows = json.loads(outputs.read_text())
@@ -251,7 +272,7 @@ def test_a_row_that_cannot_be_judged_is_named(outputs, reference_folder, judge, 
     outputs.write_text(json.dumps(rows))
     assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 2
     shown = capsys.readouterr().err
-    assert "row 5 of" in shown
+    assert "Row 5 of" in shown
     assert said in shown
     assert judge.requests == 0
 

@@ -17,7 +17,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / f"datasets--{reference.REPOSITORY.replace('/', '--')}"
 
-    def put(folder, spoil=None):
+    def put(folder):
         for name in (reference.BASELINE, reference.GAMED):
             content = (folder / name).read_bytes()
             # The large one by its SHA-256, the other as git names it: the Hub does both.
@@ -28,13 +28,13 @@ def cache(tmp_path, monkeypatch):
             link = repository / "snapshots" / reference.REVISION / name
             for path in (blob, link):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            blob.write_bytes(content + b" " if name == spoil else content)
+            blob.write_bytes(content)
             link.symlink_to(blob)
 
     return put
 
 
-def test_files_of_the_pinned_revision_are_verified_by_the_hubs_checksums(cache, tmp_path):
+def test_files_of_the_pinned_revision_count_as_verified(cache, tmp_path):
     cache(alpaca_rows.write_reference(tmp_path / "files", reference.COUNT))
     loaded = reference.load()
     assert loaded.verified
@@ -42,16 +42,9 @@ def test_files_of_the_pinned_revision_are_verified_by_the_hubs_checksums(cache, 
     assert loaded.describe()["revision"] == reference.REVISION
 
 
-@pytest.mark.parametrize("name", [reference.BASELINE, reference.GAMED])
-def test_a_damaged_file_is_refused(cache, tmp_path, name):
-    cache(alpaca_rows.write_reference(tmp_path / "files", reference.COUNT), spoil=name)
-    with pytest.raises(reference.ReferenceSetError, match=f"{name} is damaged"):
-        reference.load()
-
-
 def test_a_set_of_another_size_is_not_the_one(cache, tmp_path):
     cache(alpaca_rows.write_reference(tmp_path / "files", 24))
-    with pytest.raises(reference.ReferenceSetError, match="has 24 rows, expected 805"):
+    with pytest.raises(ValueError, match="should hold 805 rows"):
         reference.load()
 
 
@@ -64,7 +57,7 @@ def test_copies_are_used_as_they_are_and_not_called_verified(reference_folder):
 
 def test_what_cannot_be_fetched_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(reference.ReferenceSetError, match="name a folder with copies"):
+    with pytest.raises(ValueError, match="Name a folder with"):
         reference.load()
 
 
@@ -91,15 +84,15 @@ def spoil_table(folder):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_columns, "row 3 of .* lacks dataset"),
+        (spoil_columns, "rows of instruction, output, generator, dataset"),
         (spoil_order, "in their order"),
-        (spoil_table, "lacks the columns instruction_difficulty"),
-        (lambda folder: (folder / reference.BASELINE).write_text("{"), "is not JSON"),
+        (spoil_table, "should have the columns index, instruction_difficulty"),
+        (lambda folder: (folder / reference.BASELINE).write_text("{"), "should hold .* rows"),
         (lambda folder: (folder / reference.GAMED).unlink(), "has no df_gamed.csv"),
     ],
 )
 def test_files_that_are_not_what_they_should_be_are_refused(tmp_path, spoil, said):
     folder = alpaca_rows.write_reference(tmp_path, 6)
     spoil(folder)
-    with pytest.raises(reference.ReferenceSetError, match=said):
+    with pytest.raises(ValueError, match=said):
         reference.load(folder)

@@ -13,8 +13,8 @@ CODE = """
 import json, logging, sys
 logging.getLogger().setLevel(logging.ERROR)
 sys.path.insert(0, sys.argv[1])
-from trl_steer.eval.alpaca_eval import package
-version = package.load().utils.get_package_version("alpaca_eval")
+from trl_steer.eval.alpaca_eval import upstream
+version = upstream.load().utils.get_package_version("alpaca_eval")
 print(json.dumps([version, "pkg_resources" in sys.modules, logging.getLogger().level]))
 """
 WITH = """

@@ -1,1 +1,0 @@
-"""The commands of `trl-steer alpaca-eval`."""
