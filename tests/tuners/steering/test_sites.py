@@ -203,6 +203,7 @@ def blocks_of(model_cls: str, **fields) -> tuple[nn.Module, list[BlockAnatomy]]:
 
 
 MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4}
 INKLING = {
     "head_dim": 8,
     "intermediate_size": 48,
@@ -295,3 +296,7 @@ def test_where_a_sublayer_adds_the_residual_stream_itself_updates_merge_exactly(
     model = steer(model.double(), row)
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_where_a_block_attends_to_an_encoder_too_the_heads_are_those_of_its_self_attention():
+    assert blocks_of("BartForConditionalGeneration", **BART)[1][0].site("heads").module == "self_attn.out_proj"

@@ -15,6 +15,7 @@ from model_zoo import tiny_inputs, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
 from steering_cases import adapters_of, assert_same_weights, layers_of, logits, steer, weights_of
+from transformers import BartConfig, BartForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
 SITES = ("pre_mlp", "post_mlp", "post_attn")
 FORMS = ("low_rank", "vector", "silu")
@@ -284,3 +285,37 @@ def test_a_bf16_model_merges_in_its_own_format(family, site, form, tmp_path):
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(type(merged).from_pretrained(tmp_path, dtype=torch.bfloat16)), logits(merged))
+
+
+ENCODER_DECODER = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("site", SITES)
+def test_the_decoder_of_an_encoder_decoder_model_merges(site, form):
+    base = BartForConditionalGeneration(BartConfig(**ENCODER_DECODER)).double().eval()
+    model = steer(base, f"{site}-{form}", task_type="SEQ_2_SEQ_LM").double()
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_model_that_does_not_run_on_tokens_is_not_merged_and_says_so():
+    base = WhisperForConditionalGeneration(WhisperConfig(**ENCODER_DECODER)).eval()
+    model = steer(base, "post_mlp-low_rank", task_type="SEQ_2_SEQ_LM")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"merged into WhisperForConditionalGeneration.*input_ids.*save_pretrained"):
+        model.merge_and_unload()
+    assert_same_weights(model, before)

@@ -85,8 +85,10 @@ class BlockAnatomy:
         return [name for name, linear in self.linear_layers().items() if out_features(linear) == self.hidden_size]
 
     def attention_output(self) -> str | None:
-        """Name of the attention's output projection."""
-        return next(reversed([name for name in self.residual_writers() if self.is_in_attention(name)]), None)
+        """Name of the attention's output projection, not of one that attends to an encoder beside it."""
+        inside = [name for name in self.residual_writers() if self.is_in_attention(name)]
+        own = [name for name in inside if name.startswith(f"{self.attention}.")]
+        return next(reversed(own or inside), None)
 
     def mlp_output(self) -> str | None:
         """Name of the MLP's last linear layer; where no module is called an MLP, of the last outside the attention."""
