@@ -15,7 +15,14 @@ from model_zoo import tiny_inputs, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
 from steering_cases import adapters_of, assert_same_weights, layers_of, logits, steer, weights_of
-from transformers import BartConfig, BartForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 SITES = ("pre_mlp", "post_mlp", "post_attn")
 FORMS = ("low_rank", "vector", "silu")
@@ -319,3 +326,10 @@ def test_a_model_that_does_not_run_on_tokens_is_not_merged_and_says_so():
     with pytest.raises(ValueError, match=r"merged into WhisperForConditionalGeneration.*input_ids.*save_pretrained"):
         model.merge_and_unload()
     assert_same_weights(model, before)
+
+
+def test_a_model_that_sets_no_limit_to_its_positions_is_looked_at_and_refused():
+    base = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)).eval()
+    model = steer(base, "vector")
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()

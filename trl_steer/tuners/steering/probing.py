@@ -53,7 +53,8 @@ def block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
         for name, layer in layers.items()
     ]
     embeddings = model.get_input_embeddings()
-    count = min(_PROBE_TOKENS, getattr(text_config(model), "max_position_embeddings", None) or _PROBE_TOKENS)
+    positions = getattr(text_config(model), "max_position_embeddings", None) or 0
+    count = min(_PROBE_TOKENS, positions) if positions > 0 else _PROBE_TOKENS  # XLNet says -1, for any number
     tokens = torch.arange(count, device=embeddings.weight.device).remainder(len(embeddings.weight))
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
