@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 from model_zoo import FAMILIES, HIDDEN_SIZE, tiny_inputs, tiny_model
 from peft import LoraConfig, get_peft_model
 from steering_cases import layers_of, logits, over_families, parameters_of, steer, weights_of
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig
 
-from trl_steer import steering_operator
+from trl_steer import SublayerSteeringConfig, steering_operator
 from trl_steer.tuners.steering import SITES, BlockAnatomy
+from trl_steer.tuners.steering.matching import find_blocks
 from trl_steer.tuners.steering.ops.low_rank import OPERATORS
 from trl_steer.tuners.steering.sites import get_hidden
 
@@ -188,3 +190,113 @@ def test_an_update_that_the_block_writes_into_trains(operator):
     with steering_operator(operator):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in parameters_of(model).values())
+
+
+def blocks_of(model_cls: str, **fields) -> tuple[nn.Module, list[BlockAnatomy]]:
+    """A tiny model outside of the zoo, and the anatomies of its two blocks."""
+    common = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 0}
+    cls = getattr(transformers, model_cls)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**{**common, **fields})).eval()
+    config = model.config.get_text_config(decoder=True)
+    return model, [BlockAnatomy(model.get_submodule(name), config) for name in find_blocks(model)]
+
+
+MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4}
+INKLING = {
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_cls", "fields", "post_attn", "post_mlp"),
+    [
+        # Whose MLP, and attention, return the sum of what they compute and the residual stream.
+        ("BloomForCausalLM", {}, "self_attention.dense", "mlp.dense_4h_to_h"),
+        ("MptForCausalLM", MPT, "attn", "ffn.down_proj"),
+        # Whose sublayers are followed by convolutions.
+        ("InklingForCausalLM", INKLING, "attn_sconv", "mlp_sconv"),
+    ],
+)
+def test_outputs_of_further_architectures_are_what_is_added_to_the_residual_stream(
+    model_cls, fields, post_attn, post_mlp
+):
+    model, anatomies = blocks_of(model_cls, **fields)
+    anatomy, states = anatomies[1], {}
+    assert (anatomy.site("post_attn").module, anatomy.site("post_mlp").module) == (post_attn, post_mlp)
+    for name in ("", post_attn, post_mlp):
+        anatomy.block.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: states.__setitem__(name, get_hidden(output))
+        )
+    anatomy.block.register_forward_pre_hook(
+        lambda _, args, kwargs: states.__setitem__("input", get_hidden(args or kwargs)), with_kwargs=True
+    )
+    model(**tiny_inputs())
+    torch.testing.assert_close(states[""], states["input"] + states[post_attn] + states[post_mlp])
+
+
+def test_the_attention_of_a_block_that_adds_and_normalizes_is_what_its_projection_returns():
+    _, anatomies = blocks_of("BertLMHeadModel", is_decoder=True, intermediate_size=48)
+    assert anatomies[0].site("post_attn").module == "attention.output.dense"
+
+
+def test_what_mixes_streams_around_a_sublayer_is_not_taken_for_it():
+    block = nn.Module()
+    for name in ("attn_hc", "ffn_hc", "self_attn", "mlp"):
+        block.add_module(name, nn.Sequential(nn.Linear(8, 8)))
+    anatomy = BlockAnatomy(block, PretrainedConfig(hidden_size=8))
+    assert (anatomy.attention, anatomy.mlp) == ("self_attn", "mlp")
+
+
+def test_an_attention_inside_of_what_also_normalizes_and_adds_is_found():
+    block, attention = nn.Module(), nn.Module()
+    attention.norm_1, attention.attn, attention.norm_2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8)
+    block.norm_attn_norm = attention
+    anatomy = BlockAnatomy(block, PretrainedConfig(hidden_size=8))
+    assert anatomy.site("post_attn").module == "norm_attn_norm.attn"
+
+
+# Experts beside an MLP for all tokens; the output that is added is that of neither.
+@pytest.mark.parametrize("site", ["pre_mlp", "post_mlp"])
+def test_of_several_mlps_side_by_side_none_is_taken_for_the_whole(site):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+    model, _ = blocks_of("GraniteMoeSharedForCausalLM", shared_intermediate_size=16, **experts)
+    with pytest.raises(ValueError, match=f"no site '{site}'.*block_sparse_moe.*shared_mlp"):
+        get_peft_model(model, SublayerSteeringConfig(site=site))
+
+
+def test_a_list_of_sublayers_which_is_never_called_is_no_site():
+    block = nn.Module()
+    block.self_attn = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    block.mlp, block.mlps = nn.Sequential(nn.Linear(8, 8)), nn.ModuleList([nn.Linear(8, 8)])
+    for site in ("pre_mlp", "post_mlp", "post_attn"):
+        with pytest.raises(ValueError, match="no site"):
+            BlockAnatomy(block, PretrainedConfig(hidden_size=8)).site(site)
+
+
+@pytest.mark.parametrize("site", ["pre_mlp", "post_mlp"])
+def test_a_single_projection_is_not_taken_for_an_mlp(site):
+    block = nn.Module()
+    block.linear, block.mixer = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="no site"):
+        BlockAnatomy(block, PretrainedConfig(hidden_size=8)).site(site)
+
+
+@pytest.mark.parametrize("row", ["post_attn-low_rank", "post_mlp-low_rank", "post_mlp-vector", "pre_mlp-low_rank"])
+def test_where_a_sublayer_adds_the_residual_stream_itself_updates_merge_exactly(row):
+    model, _ = blocks_of("BloomForCausalLM")
+    model = steer(model.double(), row)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_where_a_block_attends_to_an_encoder_too_the_heads_are_those_of_its_self_attention():
+    assert blocks_of("BartForConditionalGeneration", **BART)[1][0].site("heads").module == "self_attn.out_proj"

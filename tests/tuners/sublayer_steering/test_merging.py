@@ -15,6 +15,14 @@ from model_zoo import tiny_inputs, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
 from steering_cases import adapters_of, assert_same_weights, layers_of, logits, steer, weights_of
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 SITES = ("pre_mlp", "post_mlp", "post_attn")
 FORMS = ("low_rank", "vector", "silu")
@@ -284,3 +292,44 @@ def test_a_bf16_model_merges_in_its_own_format(family, site, form, tmp_path):
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(type(merged).from_pretrained(tmp_path, dtype=torch.bfloat16)), logits(merged))
+
+
+ENCODER_DECODER = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("site", SITES)
+def test_the_decoder_of_an_encoder_decoder_model_merges(site, form):
+    base = BartForConditionalGeneration(BartConfig(**ENCODER_DECODER)).double().eval()
+    model = steer(base, f"{site}-{form}", task_type="SEQ_2_SEQ_LM").double()
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_model_that_does_not_run_on_tokens_is_not_merged_and_says_so():
+    base = WhisperForConditionalGeneration(WhisperConfig(**ENCODER_DECODER)).eval()
+    model = steer(base, "post_mlp-low_rank", task_type="SEQ_2_SEQ_LM")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"merged into WhisperForConditionalGeneration.*input_ids.*save_pretrained"):
+        model.merge_and_unload()
+    assert_same_weights(model, before)
+
+
+def test_a_model_that_sets_no_limit_to_its_positions_is_looked_at_and_refused():
+    base = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)).eval()
+    model = steer(base, "vector")
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()

@@ -42,17 +42,31 @@ def base_model(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
-    """How the model calls each block on a prompt, without adapters."""
+    """How the model calls each block on a prompt, without adapters.
+
+    Raises:
+        ValueError: The model does not run on token ids alone.
+    """
     found: dict[str, Call] = {}
     handles = [
         layer.get_base_layer().register_forward_pre_hook(_remember(found, name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     embeddings = model.get_input_embeddings()
-    count = min(_PROBE_TOKENS, getattr(text_config(model), "max_position_embeddings", None) or _PROBE_TOKENS)
+    positions = getattr(text_config(model), "max_position_embeddings", None) or 0
+    count = min(_PROBE_TOKENS, positions) if positions > 0 else _PROBE_TOKENS  # XLNet says -1, for any number
     tokens = torch.arange(count, device=embeddings.weight.device).remainder(len(embeddings.weight))
+    names = ["input_ids"]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
     try:
-        model(input_ids=tokens[None], use_cache=False)
+        model(**dict.fromkeys(names, tokens[None]), use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Nothing can be merged into {type(model).__name__}: to see where that is exact, it was run on "
+            f"{' and '.join(names)} alone, which failed ({type(error).__name__}: {error}). Keep the adapter instead "
+            "(`save_pretrained`)."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ This is the only place that knows the names of a block's parts. Structure tells 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +18,22 @@ from transformers.pytorch_utils import Conv1D
 # Parts of the names of a block's children that hold its attention and its MLP.
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe")
+# Names of a block's attention and MLP themselves, whatever else has parts of them in its name (DeepSeek V4's `attn_hc`
+# and `ffn_hc` mix streams).
+_WHOLE_NAMES = (
+    *("self_attn", "self_attention", "attn", "attention", "linear_attn"),
+    *("mlp", "ffn", "feed_forward", "feedforward"),
+)
+# What modules call the residual stream that they add by themselves: both of Bloom's, MPT's MLP, BERT's attention.
+_RESIDUAL = frozenset({"residual", "input_tensor"})
 # A norm of such a name sits between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, GLM 4). Blocks that have
 # one have another behind the attention: the first of the second line that there is. In other blocks
 # `post_attention_layernorm` is the norm in front of the MLP.
 _NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
+# Inkling's and Inkling 2's convolutions between a sublayer and the residual addition.
+_CONVOLUTIONS_AFTER_MLP = ("mlp_sconv", "post_mlp_convolution")
+_CONVOLUTIONS_AFTER_ATTENTION = ("attn_sconv", "post_attention_convolution")
 
 
 class Site(NamedTuple):
@@ -61,8 +73,8 @@ class BlockAnatomy:
         self.block, self.config = block, config
         self.hidden_size: int = config.hidden_size
         self.stream: int | None = getattr(config, "altup_active_idx", None)
-        self.attention = self._first_child(_ATTENTION)
-        self.mlp = self._first_child(_MLP, other_than=self.attention)
+        self.attention = self._child(_ATTENTION)
+        self.mlp = self._child(_MLP, other_than=self.attention)
 
     def linear_layers(self) -> dict[str, Any]:
         """Linear layers of the base model by name, in order, whether or not an adapter is wrapped around them."""
@@ -73,8 +85,10 @@ class BlockAnatomy:
         return [name for name, linear in self.linear_layers().items() if out_features(linear) == self.hidden_size]
 
     def attention_output(self) -> str | None:
-        """Name of the attention's output projection."""
-        return next(reversed([name for name in self.residual_writers() if self.is_in_attention(name)]), None)
+        """Name of the attention's output projection, not of one that attends to an encoder beside it."""
+        inside = [name for name in self.residual_writers() if self.is_in_attention(name)]
+        own = [name for name in inside if name.startswith(f"{self.attention}.")]
+        return next(reversed(own or inside), None)
 
     def mlp_output(self) -> str | None:
         """Name of the MLP's last linear layer; where no module is called an MLP, of the last outside the attention."""
@@ -118,14 +132,23 @@ class BlockAnatomy:
 
     def _post_mlp(self) -> Site | None:
         module = self.mlp or self._outside_attention(-1)
-        if module is None:
-            return None
-        return Site("post_mlp", self.norm_after(module) or module, False, self.hidden_size)
+        if self.mlp is not None and self._adds_residual(self.mlp):
+            module = self.mlp_output()
+        return self._output("post_mlp", module)
 
     def _post_attn(self) -> Site | None:
-        if self.attention is None:
+        module = self.attention
+        if module is not None and self._adds_residual(module):
+            module = self.attention_output()
+        return self._output("post_attn", module)
+
+    def _output(self, site: str, module: str | None) -> Site | None:
+        """The last module between a sublayer and the residual addition."""
+        if module is None:
             return None
-        return Site("post_attn", self.norm_after(self.attention) or self.attention, False, self.hidden_size)
+        in_attention = self.is_in_attention(module)
+        convolution = self._first_of(_CONVOLUTIONS_AFTER_ATTENTION if in_attention else _CONVOLUTIONS_AFTER_MLP)
+        return Site(site, convolution or self.norm_after(module) or module, False, self.hidden_size)
 
     def _heads(self) -> Site | None:
         module = self.attention_output()
@@ -134,15 +157,32 @@ class BlockAnatomy:
     def _outside_attention(self, index: int) -> str | None:
         """The first or the last of the linear layers that are children of the block itself."""
         names = [name for name in self.linear_layers() if "." not in name and not self.is_in_attention(name)]
-        return names[index] if names else None
+        return names[index] if len(names) > 1 else None  # a single one is no MLP (Zamba's projection of another block)
 
-    def _first_child(self, parts: tuple[str, ...], other_than: str | None = None) -> str | None:
-        """The first child called so that has a matrix; norms and dropouts bear such names too."""
-        for name, child in self.block.named_children():
-            called_so = name != other_than and any(part in name.lower() for part in parts)
-            if called_so and any(parameter.dim() > 1 for parameter in child.parameters()):
-                return name
-        return None
+    def _child(self, parts: tuple[str, ...], other_than: str | None = None) -> str | None:
+        """The child called so that has a matrix; norms and dropouts bear such names too. `None` where there are
+        several, of which none is the whole: a list of them, or experts beside an MLP that all tokens go through."""
+        children = {
+            name: child
+            for name, child in self.block.named_children()
+            if name != other_than
+            and any(part in name.lower() for part in parts)
+            and any(parameter.dim() > 1 for parameter in child.parameters())
+        }
+        if any(isinstance(child, nn.ModuleList) for child in children.values()):
+            return None
+        whole = next((name for name in children if name in _WHOLE_NAMES), None)
+        if whole is not None or len(children) != 1:
+            return whole
+        ((name, child),) = children.items()
+        # DBRX has its attention inside of what also normalizes and adds.
+        inner = next((inner for inner, _ in child.named_children() if inner in _WHOLE_NAMES), None)
+        return name if inner is None else f"{name}.{inner}"
+
+    def _adds_residual(self, name: str) -> bool:
+        """Whether a module, or one inside it, takes the residual stream too, so that it returns a sum."""
+        modules = self.block.get_submodule(name).modules()
+        return any(not _RESIDUAL.isdisjoint(inspect.signature(type(part).forward).parameters) for part in modules)
 
     def _first_of(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if hasattr(self.block, name)), None)
