@@ -182,7 +182,7 @@ class BlockAnatomy:
     def _adds_residual(self, name: str) -> bool:
         """Whether a module, or one inside it, takes the residual stream too, so that it returns a sum."""
         modules = self.block.get_submodule(name).modules()
-        return any(not _RESIDUAL.isdisjoint(inspect.signature(type(part).forward).parameters) for part in modules)
+        return any(_RESIDUAL & set(inspect.signature(type(part).forward).parameters) for part in modules)
 
     def _first_of(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if hasattr(self.block, name)), None)
