@@ -92,6 +92,15 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_overwritten_when_a
     assert made == [False]
 
 
+@pytest.fixture
+def control_c_counts():
+    """A shell's background jobs ignore it, and so would a test suite that is one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c_counts")
 def test_control_c_is_a_line_that_says_what_is_kept_and_how_to_go_on(model, tmp_path, monkeypatch, capfd):
     def interrupt(self, done, total, note=""):
         if (done, total) == (16, 32):
