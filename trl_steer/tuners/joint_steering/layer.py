@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.lora import LoraLayer
 
 from ..post_block_steering.layer import PostBlockSteeringLayer
@@ -30,8 +32,8 @@ class JointSteeringLayer(PostBlockSteeringLayer):
     # A dictionary, so that LoRA layers do not become children.
     _lora_layers: dict[str, LoraLayer] = {}
 
-    def strength(self, name: str) -> float:
-        strength, lora = super().strength(name), self._lora_layers.get(name)
+    def strength(self, name: str, adapter: Any) -> float:
+        strength, lora = super().strength(name, adapter), self._lora_layers.get(name)
         if lora is None or name not in lora.scaling or not lora.lora_alpha[name]:
             return strength
         own = lora.lora_alpha[name] / (lora.r[name] ** 0.5 if lora.use_rslora[name] else lora.r[name])

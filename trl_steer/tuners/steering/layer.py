@@ -182,7 +182,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             if adapter is not None and name not in merged and (site is None or adapter.site == site):
                 if merged:
                     self._check_beside_merged(name, adapter)
-                steered = adapter(hidden, steered, scaling=self.strength(name))
+                steered = adapter(hidden, steered, scaling=self.strength(name, adapter))
         return hidden if steered is None else steered
 
     def _check_beside_merged(self, name: str, adapter: Any) -> None:
@@ -209,12 +209,11 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             adapter = self.adapters[name]
             if site is None or adapter.site == site:
                 rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                steered[rows] = adapter(hidden[rows], scaling=self.strength(name))
+                steered[rows] = adapter(hidden[rows], scaling=self.strength(name, adapter))
         return steered
 
-    def strength(self, name: str) -> float:
+    def strength(self, name: str, adapter: Any) -> float:
         """Strength of an adapter in the context that runs."""
-        adapter = self.adapters._modules[name]
         return strength_in_context(adapter) if adapter.contexts else adapter.scaling
 
     # Merging

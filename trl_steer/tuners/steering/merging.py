@@ -163,7 +163,7 @@ def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
         try:
             if adapter.is_offloaded():
                 raise ValueError("its weights are offloaded.")
-            update = adapter.merge(layer.anatomy.site(adapter.site), layer.strength(name))
+            update = adapter.merge(layer.anatomy.site(adapter.site), layer.strength(name, adapter))
             if adapter.site == "post_block" and update.left is not None:
                 raise ValueError(
                     "it multiplies the whole residual stream, skip connection included, so it equals no change of "
