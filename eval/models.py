@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trl_steer.checkpoint_names import check_folder, check_on_hub
 from trl_steer.files import new_folder
 
 EMBEDDED = "embedded"
@@ -64,17 +65,14 @@ def _has_tokenizer(adapter: str) -> bool:
 
 
 def check(model: str) -> None:
-    """Looks whether there can be such a model, which takes no time.
+    """Looks whether there is such a model.
 
     Raises:
-        FileNotFoundError: if `model` looks like a folder and is none, or holds no `config.json`.
+        FileNotFoundError: if `model` looks like a folder and is none, holds no `config.json`, or is not on the Hub.
     """
-    path = Path(model).expanduser()
-    if path.is_dir() and model != EMBEDDED:
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} has no config.json; --model wants the folder of a saved checkpoint.")
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise FileNotFoundError(f"--model {model}: there is no such folder.")
+    if model != EMBEDDED:
+        check_folder(model)
+        check_on_hub(model)
 
 
 def resolve(model: str, say: Callable[[str], None] = print) -> str:
@@ -88,8 +86,8 @@ def resolve(model: str, say: Callable[[str], None] = print) -> str:
         FileNotFoundError: if `model` looks like a folder and is none, or holds no `config.json`.
         ModuleNotFoundError: if the embedded model is to be converted and the package `gguf` is not there.
     """
-    check(model)
     if model != EMBEDDED:
+        check_folder(model)
         path = Path(model).expanduser()
         return str(path.resolve()) if path.is_dir() else model
     gguf = embedded_gguf()

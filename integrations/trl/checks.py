@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_steer.checkpoint_names import check_folder, check_on_hub
 from trl_steer.integrations.trl.known import ArgumentError
 
 
@@ -19,17 +20,20 @@ def check_places(given: Mapping[str, Any]) -> None:
     model = given.get("model_name_or_path")
     if not isinstance(model, str):
         raise ArgumentError("--model_name_or_path is missing; give a Hub id or the folder of a checkpoint.")
-    path = Path(model).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise ArgumentError(f"--model_name_or_path {model} has no config.json; it is no folder of a checkpoint.")
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ArgumentError(f"--model_name_or_path {model}: there is no such folder.")
+    try:
+        check_folder(model)
+    except FileNotFoundError as error:
+        raise ArgumentError(f"--model_name_or_path {error}") from error
     _check_data(given)
     output = Path(str(given.get("output_dir") or "trainer_output"))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"--output_dir {output} cannot be made: {error.strerror}.") from error
+    try:
+        check_on_hub(model, given.get("model_revision"))
+    except FileNotFoundError as error:
+        raise ArgumentError(f"--model_name_or_path: {error}") from error
 
 
 def _check_data(given: Mapping[str, Any]) -> None:

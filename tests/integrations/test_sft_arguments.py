@@ -78,6 +78,7 @@ WRONG = {
     "LoRA for steering alone": (["--use_peft"], ["--method low_rank has no LoRA half", "--method lora"]),
     "unknown task": (["--task", "booq"], ["no task named 'booq'", "boolq"]),
     "no such model": (["--model_name_or_path", "./nowhere"], ["./nowhere", "no such folder"]),
+    "unknown model": (["--model_name_or_path", "nobody/nothing"], ["nobody/nothing", "no model of that name"]),
     "folder without a model": (["--model_name_or_path", "no_model"], ["no config.json"]),
     "no such data": (["--dataset_name", "absent.jsonl"], ["absent.jsonl", "no such file"]),
     "malformed data": (["--dataset_name", "malformed.jsonl"], ["malformed.jsonl, line 2", "no JSON"]),
