@@ -1,4 +1,4 @@
-"""The low-rank operator: both forms against float64 references, against each other, and what they keep in memory."""
+"""The low-rank operator: both forms against float64 references and against each other."""
 
 from itertools import product
 
@@ -7,53 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_cases import ACTIVATIONS, SCALING, D, both_forms, error, reference, run, tensors
 from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.graph import saved_tensors_hooks
 
 from trl_steer.tuners.steering.ops.low_rank import OPERATORS, low_rank_update, steering_operator
 
-D, R, SCALING = 24, 3, 0.7
-ACTIVATIONS = {"identity": None, "silu": F.silu, "tanh": torch.tanh}
-both_forms = pytest.mark.parametrize("form", OPERATORS)
-
-
-@pytest.fixture(autouse=True)
-def default_form():
-    """Every test starts with the default, whatever the one before has switched."""
-    with steering_operator("memory_efficient"):
-        yield
-
-
-def tensors(*shape, dtype=torch.float32, factors=None, r=R, seed=0):
-    """`h` of `shape`, and factors for it whose update is about as large as `h`."""
-    generator = torch.Generator().manual_seed(seed)
-    d = shape[-1]
-    h, down, up = (torch.randn(*size, generator=generator) for size in (shape, (r, d), (d, r)))
-    factors = factors or dtype
-    return [h.to(dtype), (down / d**0.5).to(factors), (up / r**0.5).to(factors)]
-
-
-def reference(h, down, up, scaling=SCALING, activation=None, residual=None):
-    """The formula, word for word, in float64."""
-    h, down, up, residual = (t if t is None else t.double() for t in (h, down, up, residual))
-    z = torch.einsum("...d,rd->...r", h, down)
-    a = z if activation is None else activation(z)
-    return (h if residual is None else residual) + scaling * torch.einsum("...r,dr->...d", a, up)
-
-
-def run(form, inputs, needs_grad=(True, True, True), grad_output=None, **kwargs):
-    """Output and gradients of fresh leaves. The same seed everywhere, so that dropout draws the same mask."""
-    leaves = [t.clone().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
-    torch.manual_seed(7)
-    with steering_operator(form):
-        output = low_rank_update(*leaves, SCALING, **kwargs)
-    if any(needs_grad):
-        output.backward(torch.ones_like(output).cumsum(-1) / 10 if grad_output is None else grad_output)
-    return output.detach(), [leaf.grad for leaf in leaves]
-
-
-def error(tensor, exact):
-    return ((tensor.double() - exact.double()).norm() / exact.double().norm()).item()
+pytestmark = pytest.mark.usefixtures("default_operator")
 
 
 # Gradients
@@ -297,131 +256,6 @@ def test_backward_of_memory_efficient_form_rounds_no_more_under_autocast_than_ou
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             grads.append(torch.autograd.grad(output, leaves, torch.ones_like(output)))
     assert all(torch.equal(outside, inside) for outside, inside in zip(*grads, strict=True))
-
-
-# What is kept in memory
-
-
-def kept_by_autograd(form, inputs, needs_grad=(True, True, True), **kwargs):
-    """The output, and what autograd keeps of it and of the inputs."""
-    leaves = [t.clone().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
-    saved = []
-    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), steering_operator(form):
-        output = low_rank_update(*leaves, SCALING, **kwargs)
-    own = {leaf.untyped_storage().data_ptr() for leaf in leaves[1:]}
-    return output, leaves[0], [t for t in saved if t.untyped_storage().data_ptr() not in own]
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize(
-    ("dtype", "factors"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
-    ids=str,
-)
-def test_memory_efficient_form_keeps_its_output_and_the_bottleneck_only(dtype, factors, activation, dropout):
-    inputs = tensors(2, 50, D, dtype=dtype, factors=factors)
-    output, h, saved = kept_by_autograd(
-        "memory_efficient", inputs, activation=ACTIVATIONS[activation], dropout=dropout
-    )
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    wide = {pointer for pointer, size in storages.items() if size >= h.untyped_storage().nbytes()}
-    assert wide == {output.untyped_storage().data_ptr()}
-    bottleneck = 2 * 50 * R * torch.promote_types(dtype, factors).itemsize
-    masks = 1 if dropout else 0
-    assert sum(storages.values()) == output.nbytes + (1 + masks) * bottleneck
-
-
-def test_plain_form_keeps_the_hidden_state():
-    """What the other form is there to avoid; should this fail, it has become pointless."""
-    output, h, saved = kept_by_autograd("plain", tensors(2, 50, D))
-    storages = {t.untyped_storage().data_ptr() for t in saved}
-    assert h.untyped_storage().data_ptr() in storages
-    assert output.untyped_storage().data_ptr() not in storages
-
-
-def test_nothing_wide_is_kept_where_down_is_frozen():
-    _, h, saved = kept_by_autograd("memory_efficient", tensors(2, 50, D), needs_grad=(True, False, True))
-    assert all(t.untyped_storage().nbytes() < h.untyped_storage().nbytes() for t in saved)
-
-
-@both_forms
-def test_nothing_is_kept_without_gradients(form):
-    with torch.no_grad():
-        output, _, saved = kept_by_autograd(form, tensors(2, 50, D))
-    assert saved == []
-    assert not output.requires_grad
-
-
-def test_writing_into_the_output_is_an_error_and_never_a_wrong_gradient():
-    leaves = [t.requires_grad_() for t in tensors(2, 5, D)]
-    output = low_rank_update(*leaves, SCALING)
-    with pytest.raises(RuntimeError, match=r"modified inplace|modified by an inplace operation"):  # noqa: PT012
-        output.mul_(2)
-        output.sum().backward()
-    with steering_operator("plain"):
-        low_rank_update(*leaves, SCALING).mul_(2).sum().backward()
-
-
-# Compilation, export, meta tensors
-
-
-@both_forms
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_compiled_equals_eager_without_graph_breaks_and_takes_the_plain_form(form, activation):
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph.graph)
-        return graph.forward
-
-    inputs = tensors(2, 5, D)
-    compiled = torch.compile(
-        lambda h, d, u: low_rank_update(h, d, u, SCALING, ACTIVATIONS[activation]), backend=backend, fullgraph=True
-    )
-    expected, expected_grads = run("plain", inputs, activation=ACTIVATIONS[activation])
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    with steering_operator(form):
-        output = compiled(*leaves)
-    output.backward(torch.ones_like(output).cumsum(-1) / 10)
-    assert torch.equal(output.detach(), expected)
-    for leaf, grad in zip(leaves, expected_grads, strict=True):
-        torch.testing.assert_close(leaf.grad, grad)
-    assert len(graphs) == 1
-    assert not any("autograd_function" in str(node.target) for node in graphs[0].nodes)
-
-
-def test_export_equals_eager():
-    class Update(torch.nn.Module):
-        def forward(self, h, down, up):
-            return low_rank_update(h, down, up, SCALING, F.silu)
-
-    inputs = tuple(tensors(2, 5, D))
-    assert torch.equal(torch.export.export(Update(), inputs).module()(*inputs), Update()(*inputs))
-
-
-def test_exported_without_gradients_takes_any_length():
-    class Update(torch.nn.Module):
-        def forward(self, h, down, up):
-            return low_rank_update(h, down, up, SCALING)
-
-    h, down, up = tensors(2, 5, D)
-    length = torch.export.Dim("length", min=2, max=10_000)
-    with torch.no_grad():
-        program = torch.export.export(Update(), (h, down, up), dynamic_shapes=({1: length}, None, None)).module()
-    for tokens in (3, 1000):
-        inputs = tensors(2, tokens, D)
-        torch.testing.assert_close(program(*inputs), reference(*inputs).float(), rtol=1e-5, atol=1e-5)
-
-
-@both_forms
-def test_meta_tensors_give_shape_and_dtype(form):
-    inputs = [t.to("meta").requires_grad_() for t in tensors(2, 5, D, dtype=torch.bfloat16)]
-    with steering_operator(form):
-        output = low_rank_update(*inputs, SCALING)
-    output.sum().backward()
-    assert (output.shape, output.dtype, output.device.type) == (inputs[0].shape, torch.bfloat16, "meta")
-    assert all(t.grad.shape == t.shape for t in inputs)
 
 
 # float16, where large strengths overflow first
