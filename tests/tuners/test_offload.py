@@ -40,12 +40,13 @@ def test_explicit_device_map_before_and_after_the_adapter(row, family):
 @over_rows_on("llama", "gpt2", "mixtral", "falcon")
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("adapter_first", [True, False])
-def test_offloaded_models_give_equal_logits(row, family, where, adapter_first, tmp_path):
+def test_offloaded_models_give_equal_logits(row, family, where, adapter_first, tmp_path, request):
     def offload(model):
         return cpu_offload(model) if where == "cpu" else disk_offload(model, tmp_path)
 
     if ROWS[row].has_lora and not adapter_first:
-        pytest.skip("PEFT does not move LoRA's weights to where an offloaded linear layer computes")
+        reason = "PEFT does not move LoRA's weights to where an offloaded linear layer computes, plain LoRA's neither"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     expected = logits(steer(tiny_model(family), row))
     model = offload(steer(tiny_model(family), row)) if adapter_first else steer(offload(tiny_model(family)), row)
     assert next(model.get_input_embeddings().parameters()).is_meta  # it is offloaded
