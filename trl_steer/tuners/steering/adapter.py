@@ -61,6 +61,7 @@ class SteeringAdapter(nn.Module):
 
     Attributes:
         site (`str`): Name of the site.
+        positions (`str`): Which tokens are edited, see [`SteeringConfig`].
         scaling (`float`): Factor on the update, saved with the adapter.
         contexts (`int`): Number of open [`adapter_scaling`] contexts of this adapter, over all threads and tasks.
         starts_at_identity (`bool`): Whether a model with a new adapter computes exactly what the base model does.
@@ -69,6 +70,9 @@ class SteeringAdapter(nn.Module):
             Fields of the configuration that must be equal for adapters to be summed or hot-swapped.
         size_fields (`tuple[str, ...]`): Fields that determine shapes. They must be equal for a hot swap.
         setting_fields (`tuple[str, ...]`): Fields that are attributes of the same name and may change at any time.
+        parts (`int`):
+            2 if the first and the last tokens of the prompt are edited by different weights. `forward` then takes
+            `part`, 0 or 1, which of them `h` is.
     """
 
     starts_at_identity: ClassVar[bool] = True
@@ -76,10 +80,12 @@ class SteeringAdapter(nn.Module):
     structural_fields: ClassVar[tuple[str, ...]] = ()
     size_fields: ClassVar[tuple[str, ...]] = ()
     setting_fields: ClassVar[tuple[str, ...]] = ()
+    parts: int = 1
 
     def __init__(self, width: int, config: SteeringConfig):
         super().__init__()
         self.site = config.site
+        self.positions = config.positions
         self.scaling = config.scaling
         self.contexts = 0
         for name, shape in self.shapes(config, width).items():

@@ -9,6 +9,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from .card import ModelCardMixin
+from .positions import ALL, first_and_last
 
 
 @dataclass
@@ -23,6 +24,16 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
         init_weights (`bool`, defaults to `True`):
             Initialize the adapter so that the update is zero, or close to zero where the method does not allow that.
             `False` initializes all weights at random and is meant for tests.
+        positions (`str`, defaults to `"all"`):
+            The tokens to edit:
+
+            - `"all"`: every token;
+            - `"last_prompt"`: the last token of the prompt;
+            - `"f7+l7"`, for any number: the first 7 and the last 7 tokens of the prompt, or half of it each if it is
+              shorter.
+
+            The prompt is what comes before the first label that is not -100, or the input of `generate`; see
+            [`prompt_in_call`] for other calls. Packed batches cannot be used. Decoded tokens are not edited.
         target_modules (`list[str]` or `str`, *optional*):
             The blocks to steer. Default: all blocks of the text decoder, which are found by structure. A list holds
             names of blocks or of lists of blocks, or the ends of such names (`"layers.3"`, `"model.layers"`). A string
@@ -50,6 +61,10 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "Initialize the adapter so that the update is zero. False initializes it at random."},
+    )
+    positions: str = field(
+        default=ALL,
+        metadata={"help": "Tokens to edit: 'all', 'last_prompt', or the first and last n of the prompt, 'f7+l7'."},
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -81,6 +96,7 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
         check_number("scaling", self.scaling)
         if not isinstance(self.init_weights, bool):
             raise TypeError(f"init_weights must be True or False, got {self.init_weights!r}.")
+        first_and_last(self.positions)
         for name in ("base_model_type", "base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}.")
@@ -94,6 +110,7 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
         layers = self.layers_to_transform
         return {
             "site": self.site,
+            "positions": None if self.positions == ALL else self.positions,
             "blocks": None
             if layers is None
             else ", ".join(map(str, layers if isinstance(layers, list) else [layers])),

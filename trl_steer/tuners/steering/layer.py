@@ -14,61 +14,10 @@ from torch import nn
 from .adapter import SteeringAdapter, current_scaling
 from .config import SteeringConfig
 from .merging import MergedTensor, unmerge
-from .sites import BlockAnatomy, Site, get_hidden, replace_hidden
-
-
-class SiteHook:
-    """
-    The forward hook of one site of one block: replaces the hidden state by the output of the steering layer.
-
-    `nn.DataParallel` copies modules without `__deepcopy__`, so that a copy shares the hooks of the original. Therefore
-    the layer is looked up by name at each call.
-
-    Args:
-        layer ([`SteeringLayer`]): The steering layer.
-        site ([`Site`]): The site.
-    """
-
-    def __init__(self, layer: SteeringLayer, site: Site):
-        self.block, self.layer_name, self.site = layer.get_base_layer(), layer.layer_name, site
-
-    def __deepcopy__(self, memo: dict) -> SiteHook:
-        """Refers to the copy of the block if the block is copied too. If only a module inside the block is copied, as
-        PEFT does for `modules_to_save`, the hook still refers to the original block."""
-        clone = object.__new__(type(self))
-        clone.block = memo.get(id(self.block), self.block)
-        clone.layer_name, clone.site = self.layer_name, self.site
-        return clone
-
-    def register(self) -> None:
-        """Registers this before all other hooks of the module, so that they get the steered hidden state (for example
-        those with which transformers records hidden states)."""
-        module = self.block.get_submodule(self.site.module)
-        if self.site.is_input:
-            module.register_forward_pre_hook(self.on_input, prepend=True, with_kwargs=True)
-        else:
-            module.register_forward_hook(self.on_output, prepend=True)
-
-    def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        return replace_hidden(output, self._steered(module, get_hidden(output, module)))
-
-    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (self._steered(module, get_hidden(args)), *args[1:]), kwargs
-        return args, replace_hidden(kwargs, self._steered(module, get_hidden(kwargs)))
-
-    def _steered(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.site.module:
-            layer = getattr(module, self.layer_name)
-            stream = layer.anatomy.stream
-            if stream is not None and hidden.dim() == 4:
-                steered = layer(hidden[stream], site=self.site.name)
-                return torch.cat([hidden[:stream], steered[None], hidden[stream + 1 :]])
-        else:
-            layer = getattr(self.block, self.layer_name)
-            if getattr(module, "_is_replica", False):
-                layer = layer.replica_for(hidden)
-        return layer(hidden, site=self.site.name)
+from .positions import ALL, edit_tokens
+from .prompts import Prompt, current_prompt
+from .site_hook import SiteHook
+from .sites import BlockAnatomy
 
 
 class SteeringLayer(nn.Module, BaseTunerLayer):
@@ -103,6 +52,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._hooked: set[str] = set()
+        self._prompt: Prompt | None = None
         self._replicas: list[weakref.ref[SteeringLayer]] = []
 
     @staticmethod
@@ -129,15 +79,19 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         adapter.reset_parameters(identity=config.init_weights)
         adapter.train(self.training)
         self.adapters[adapter_name] = adapter
-        if site.name not in self._hooked:
-            SiteHook(self, site).register()
-            self._hooked.add(site.name)
+        for name in self._hooked_sites(adapter) - self._hooked:
+            SiteHook(self, self.anatomy.site(name)).register()
+            self._hooked.add(name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._remove_hooks(self._hooked - {adapter.site for adapter in self.adapters.values()})
+        self._remove_hooks(self._hooked.difference(*map(self._hooked_sites, self.adapters.values())))
+
+    def _hooked_sites(self, adapter: Any) -> set[str]:
+        """The sites at which an adapter needs a hook; see [`_keep_prompt_for`] for the second."""
+        return {adapter.site} if adapter.positions == ALL else {adapter.site, "post_block"}
 
     def remove(self) -> None:
         """Removes this layer and its hooks from the block."""
@@ -182,8 +136,43 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             if adapter is not None and name not in merged and (site is None or adapter.site == site):
                 if merged:
                     self._check_merged_beside(name, adapter)
-                steered = adapter(hidden, steered, scaling=self.effective_scaling(name, adapter))
-        return hidden if steered is None else steered
+                scaling = self.effective_scaling(name, adapter)
+                if adapter.positions == ALL:
+                    steered = adapter(hidden, steered, scaling=scaling)
+                else:
+                    steered = edit_tokens(adapter, hidden, steered, scaling, self._current_prompt())
+        steered = hidden if steered is None else steered
+        if self._prompt is not None and site == "post_block":
+            self._keep_prompt_for(steered)
+        return steered
+
+    def _current_prompt(self) -> Prompt:
+        """The prompt of the forward pass that runs.
+
+        Raises:
+            RuntimeError: None runs.
+        """
+        prompt = current_prompt()
+        if prompt is None and torch._C._current_graph_task_id() != -1:
+            prompt = self._prompt  # gradient checkpointing runs the block again, in the backward pass
+        if prompt is None:
+            raise RuntimeError(
+                "The adapter edits some tokens of the prompt, and where the prompt is follows from how the model is "
+                "called. Call the whole model, not its decoder or a block."
+            )
+        self._prompt = prompt
+        return prompt
+
+    def _keep_prompt_for(self, output: torch.Tensor) -> None:
+        """Has the backward pass through a block's output begin with the prompt of this forward pass, since there may
+        have been others in between."""
+        prompt = self._prompt
+
+        def put_back(gradient: torch.Tensor) -> None:
+            self._prompt = prompt
+
+        if output.requires_grad:
+            output.register_hook(put_back)
 
     def _check_merged_beside(self, name: str, adapter: Any) -> None:
         """Active adapters must get the same hidden state. Next to a merged one, this only works for offsets."""
@@ -210,8 +199,12 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         for name in sorted(set(adapter_names) & set(self.adapters)):
             adapter = self.adapters[name]
             if site is None or adapter.site == site:
-                rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                steered[rows] = adapter(hidden[rows], scaling=self.effective_scaling(name, adapter))
+                scaling, is_own = self.effective_scaling(name, adapter), [wanted == name for wanted in adapter_names]
+                rows = torch.tensor(is_own, device=hidden.device)
+                if adapter.positions == ALL:
+                    steered[rows] = adapter(hidden[rows], scaling=scaling)
+                else:
+                    steered = edit_tokens(adapter, hidden, steered, scaling, self._current_prompt(), rows)
         return steered
 
     def effective_scaling(self, name: str, adapter: Any) -> float:

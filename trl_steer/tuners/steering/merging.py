@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import AffineUpdate
+from .positions import ALL
 from .probing import Call, adapters_disabled, input_linear_layers, output_with_update, record_block_calls
 from .sites import BlockAnatomy, Site, get_hidden
 
@@ -167,6 +168,8 @@ def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
         try:
             if adapter.is_offloaded():
                 raise ValueError("its weights are offloaded.")
+            if adapter.positions != ALL:
+                raise ValueError(f"with positions={adapter.positions!r} it edits some tokens only.")
             update = adapter.merge(layer.anatomy.site(adapter.site), layer.effective_scaling(name, adapter))
             if adapter.site == "post_block" and update.left is not None:
                 raise ValueError(

@@ -35,7 +35,7 @@ def check_summable(tuner: Any, adapters: list[str], weights: list[float], adapte
         )
     configs = {name: tuner.steering_config(tuner.peft_config[name]) for name in adapters}
     for config in configs.values():
-        for field in ("site", *tuner.steering_layer_cls.adapter_class(config).structural_fields):
+        for field in ("site", "positions", *tuner.steering_layer_cls.adapter_class(config).structural_fields):
             values = {name: getattr(other, field, None) for name, other in configs.items()}
             if len(set(values.values())) > 1:
                 raise ValueError(f"Adapters with different {field} have no exact sum: {values}.")

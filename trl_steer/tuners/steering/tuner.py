@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .calls import CallsMixin
 from .config import SteeringConfig
 from .folder import PREFIX
 from .functional import adapter_scaling, set_scaling
@@ -29,11 +30,12 @@ from .loading import (
 from .matching import BlockMatcher, check_hidden_size, text_config
 from .merging import merge as merge_steering
 from .merging import merge_other_layers
-from .rows import adapters_by_row
+from .positions import ALL
+from .prompts import unwatch, watch
 from .saving import check_tensor_names, gather_auxiliary_tensors, gather_tensors
 
 
-class SteeringTuner(BaseTuner):
+class SteeringTuner(CallsMixin):
     """
     Mixin that steers blocks. In the list of base classes, it comes before the tuner that handles all other targets,
     which it calls by `super()`.
@@ -72,7 +74,7 @@ class SteeringTuner(BaseTuner):
         steering = cls.steering_config(config)
         adapter_class = cls.steering_layer_cls.adapter_class(steering)
         fields = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
-        for name in ("site", *adapter_class.structural_fields, *adapter_class.size_fields):
+        for name in ("site", "positions", *adapter_class.structural_fields, *adapter_class.size_fields):
             fields[name] = getattr(steering, name, None)
         return {name: sorted(v) if isinstance(v, (list, tuple, set)) else v for name, v in fields.items()}
 
@@ -136,6 +138,8 @@ class SteeringTuner(BaseTuner):
             if self.load is not None:
                 self.check_tensors(model, config, adapter_name, self.load.tensors())
             self.load = None
+            if self.steering_config(config).positions != ALL:
+                watch(model)
         self.update_steering_config(config, base_model_type=getattr(text_config(model), "model_type", None))
 
     def _modified_base_weights(self, config: Any) -> list[torch.Tensor]:
@@ -239,30 +243,6 @@ class SteeringTuner(BaseTuner):
 
     # Several adapters
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        """As in [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
-        if adapter_names is None:
-            return super().forward(*args, **kwargs)
-        with self._enable_peft_forward_hooks(adapter_names=adapter_names):
-            return super().forward(*args, **kwargs)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        others = getattr(super(), "_enable_peft_forward_hooks", None)
-        with others(*args, **kwargs) if others else nullcontext():
-            if adapter_names is None:
-                yield
-                return
-            if self.training:
-                raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-            unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-            if unknown:
-                raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-            types = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
-            layers = [module for module in self.modules() if isinstance(module, types)]
-            with adapters_by_row(layers, adapter_names, args, kwargs, self.model):
-                yield
-
     def delete_adapter(self, adapter_name: str) -> None:
         active = self.active_adapters
         super().delete_adapter(adapter_name)
@@ -271,6 +251,8 @@ class SteeringTuner(BaseTuner):
             remaining = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
             if remaining:
                 self.set_adapter(remaining)
+        if all(self.steering_config(config).positions == ALL for config in self.peft_config.values()):
+            unwatch(self.model)
 
     # Merging and unloading
 
@@ -314,6 +296,7 @@ class SteeringTuner(BaseTuner):
                     module.set_adapter([])  # PEFT would replace the original by the trained copy
         for _, layer in self.named_steering_layers():
             layer.remove()
+        unwatch(self.model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

@@ -1,0 +1,45 @@
+"""What a tuner does when the model is called: which adapter each row gets, and where its prompt is."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from .prompts import generation, is_watched
+from .rows import adapters_by_row
+
+
+class CallsMixin(BaseTuner):
+    """The part of a tuner that PEFT calls when the model computes or generates."""
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        """As in [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(adapter_names=adapter_names):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any):
+        """As the model's own. Its inputs are the prompt in all of its forward passes."""
+        with generation(args, kwargs) if is_watched(self.model) else nullcontext():
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        others = getattr(super(), "_enable_peft_forward_hooks", None)
+        with others(*args, **kwargs) if others else nullcontext():
+            if adapter_names is None:
+                yield
+                return
+            if self.training:
+                raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+            if unknown:
+                raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            types = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
+            layers = [module for module in self.modules() if isinstance(module, types)]
+            with adapters_by_row(layers, adapter_names, args, kwargs, self.model):
+                yield

@@ -1,0 +1,93 @@
+"""Which tokens an adapter edits: all, the last one of the prompt, or the first and the last ones of the prompt."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .adapter import SteeringAdapter
+    from .prompts import Prompt
+
+ALL = "all"
+LAST_PROMPT = "last_prompt"
+_FIRST_AND_LAST = re.compile(r"f([1-9]\d*)\+l([1-9]\d*)")
+
+
+def first_and_last(positions: str) -> int:
+    """The `n` of `positions="fn+ln"`, 0 for the other choices.
+
+    Raises:
+        ValueError: `positions` is none of the choices.
+    """
+    match = _FIRST_AND_LAST.fullmatch(positions) if isinstance(positions, str) else None
+    if match is not None and match[1] == match[2]:
+        return int(match[1])
+    if positions not in (ALL, LAST_PROMPT):
+        raise ValueError(
+            f"positions={positions!r} is unknown; use {ALL!r}, {LAST_PROMPT!r}, or for example 'f7+l7', the first and "
+            "the last 7 tokens of the prompt (the same number of both)."
+        )
+    return 0
+
+
+def chosen_tokens(prompt: torch.Tensor, positions: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last tokens to edit.
+
+    With `"fn+ln"`, a prompt of `P` tokens has its first and last `min(n, P // 2)` edited, so the two never overlap
+    (pyreft's rule). With `"last_prompt"` there are no first ones.
+
+    Args:
+        prompt (`torch.Tensor`): (batch, tokens) of booleans, True for the tokens of the prompt, wherever padding is.
+        positions (`str`): `"last_prompt"` or `"fn+ln"`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Two masks like `prompt`.
+    """
+    length, rank = prompt.sum(-1, keepdim=True), prompt.cumsum(-1) - 1
+    if positions == LAST_PROMPT:
+        return torch.zeros_like(prompt), prompt & (rank == length - 1)
+    count = (length // 2).clamp(max=first_and_last(positions))
+    return prompt & (rank < count), prompt & (rank >= length - count)
+
+
+@torch.compiler.disable  # how many tokens these are depends on the data
+def edit_tokens(
+    adapter: SteeringAdapter,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    scaling: float,
+    prompt: Prompt,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `adapter(hidden, residual, scaling)`, but with the update at the adapter's positions only.
+
+    Args:
+        adapter ([`SteeringAdapter`]): The adapter.
+        hidden (`torch.Tensor`): (batch, length, d) or (batch * length, d).
+        residual (`torch.Tensor`, *optional*): Shape of `hidden`, what the update is added to. Default: `hidden`.
+        scaling (`float`): Factor on the update.
+        prompt ([`Prompt`]): Where the prompt is.
+        rows (`torch.Tensor`, *optional*): One boolean for each entry of `hidden`, whether it is edited. Default: all.
+
+    Raises:
+        ValueError: `hidden` does not have the tokens of the forward pass.
+    """
+    base = hidden if residual is None else residual
+    if prompt.is_over:
+        return base
+    flat, out = hidden.reshape(-1, hidden.shape[-1]), base.reshape(-1, hidden.shape[-1])
+    if len(flat) != prompt.batch * prompt.length:
+        raise ValueError(
+            f"positions={adapter.positions!r} cannot be used here: the hidden state of shape {tuple(hidden.shape)} "
+            f"does not have the {prompt.length} tokens of the {prompt.batch} rows that the model was called with."
+        )
+    groups = prompt.indices(adapter.positions, adapter.parts, hidden.device)
+    for part, index in enumerate(groups):
+        if rows is not None:
+            index = index[rows[index // (len(flat) // len(rows))]]
+        of_part = {"part": part} if len(groups) > 1 else {}
+        out = out.index_copy(0, index, adapter(flat[index], out[index], scaling=scaling, **of_part))
+    return out.reshape(base.shape)
