@@ -10,11 +10,12 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl_cases import make_trainer
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig
+from trl_steer import JointSteeringConfig, LoReftConfig, PostBlockSteeringConfig
 
 KINDS = {
     "low_rank": lambda dropout: PostBlockSteeringConfig(task_type="CAUSAL_LM", r=4, dropout=dropout),
     "vector": lambda dropout: PostBlockSteeringConfig(task_type="CAUSAL_LM", steering_type="vector"),
+    "loreft": lambda dropout: LoReftConfig(task_type="CAUSAL_LM", r=4, dropout=dropout),
     "joint": lambda dropout: JointSteeringConfig(
         task_type="CAUSAL_LM", r=4, lora_dropout=dropout, steering={"r": 2, "dropout": dropout}
     ),

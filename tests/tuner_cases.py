@@ -10,7 +10,7 @@ from model_zoo import FAMILIES
 from peft import LoraConfig
 from peft.config import PeftConfig
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import JointSteeringConfig, LoReftConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 
 # Four that differ: norms only in front of the sublayers, norms behind them too, `Conv1D` with biases, an MLP whose
 # layers are children of the block and get the tokens of all rows as one list.
@@ -86,6 +86,9 @@ ROWS = {
     "post_attn-low_rank": Row(SublayerSteeringConfig, {"site": "post_attn", **LOW_RANK}, merges=("llama", *BIASED)),
     "post_attn-silu": Row(SublayerSteeringConfig, {"site": "post_attn", **SILU}),
     "post_attn-vector": Row(SublayerSteeringConfig, {"site": "post_attn", **VECTOR}, merges=BIASED),
+    "loreft": Row(LoReftConfig, {"r": 3}, starts_at_identity=False),
+    "loreft-silu": Row(LoReftConfig, {"r": 3, "activation": "silu"}, starts_at_identity=False),
+    "post_mlp-loreft": Row(LoReftConfig, {"r": 3, "site": "post_mlp"}, starts_at_identity=False, merges=BIASED),
     "joint-low_rank": Row(JointSteeringConfig, {**LORA, "steering": LOW_RANK}),
     "joint-vector": Row(JointSteeringConfig, {**LORA, "steering": VECTOR}, merges=BIASED),
 }

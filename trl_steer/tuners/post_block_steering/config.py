@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from peft.utils import PeftType
-from transformers.activations import ACT2FN
 
-from ..steering.config import SteeringConfig, check_number, is_integer
+from ..steering.config import SteeringConfig, check_activation, check_dropout, check_number, check_rank
 
 STEERING_TYPES = ("low_rank", "vector")
-# Activations with trainable parameters, which an adapter cannot store.
-_PARAMETRIC_ACTIVATIONS = ("prelu", "xielu")
 
 
 @dataclass
@@ -59,17 +56,12 @@ class AdditiveSteeringConfig(SteeringConfig):
         super().__post_init__()
         if self.steering_type not in STEERING_TYPES:
             raise ValueError(f"steering_type must be one of {STEERING_TYPES}, got {self.steering_type!r}.")
-        if not is_integer(self.r):
-            raise TypeError(f"r must be an integer, got {self.r!r} of type {type(self.r).__name__}.")
-        if self.r <= 0:
-            raise ValueError(f"r must be at least 1, got {self.r}.")
+        check_rank(self.r)
+        check_activation(self.activation)
+        check_dropout(self.dropout)
         check_number("init_scale", self.init_scale)
-        check_number("dropout", self.dropout)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
         if self.init_scale <= 0:
             raise ValueError(f"init_scale must be greater than 0, got {self.init_scale}.")
-        self._check_activation()
         if self.steering_type == "vector":
             for name, default in (("activation", None), ("dropout", 0.0)):
                 if getattr(self, name) != default:
@@ -82,14 +74,6 @@ class AdditiveSteeringConfig(SteeringConfig):
         is_low_rank = self.steering_type == "low_rank"
         update = {"update": self.steering_type.replace("_", " "), "rank": self.r if is_low_rank else None}
         return {**update, "activation": self.activation, **super().card_fields()}
-
-    def _check_activation(self) -> None:
-        known = isinstance(self.activation, str) and self.activation in ACT2FN
-        if self.activation is not None and (not known or self.activation in _PARAMETRIC_ACTIVATIONS):
-            allowed = sorted(set(ACT2FN) - set(_PARAMETRIC_ACTIVATIONS))
-            raise ValueError(
-                f"activation must be None for the identity, or one of {allowed}, got {self.activation!r}."
-            )
 
 
 @dataclass

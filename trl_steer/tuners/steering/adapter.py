@@ -96,6 +96,11 @@ class SteeringAdapter(nn.Module):
         """Names and shapes of an adapter's tensors, given its configuration and the width of the site."""
         raise NotImplementedError
 
+    @staticmethod
+    def problem_of(name: str, tensor: torch.Tensor) -> str | None:
+        """What is wrong with the values of a tensor to be loaded, beyond shape and finiteness; `None` if nothing."""
+        return None
+
     def reset_parameters(self, identity: bool = True) -> None:
         """Initializes the weights. With `identity=False` the update must not be zero."""
         raise NotImplementedError

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
+from transformers.activations import ACT2FN
 
 from .card import ModelCardMixin
 from .positions import ALL, first_and_last
+
+# Activations with trainable parameters, which an adapter cannot store.
+_PARAMETRIC_ACTIVATIONS = ("prelu", "xielu")
 
 
 @dataclass
@@ -178,6 +182,43 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def check_rank(r: Any) -> None:
+    """Checks that the field `r` is a positive integer.
+
+    Raises:
+        TypeError: `r` is not an integer.
+        ValueError: `r` is less than 1.
+    """
+    if not is_integer(r):
+        raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}.")
+    if r <= 0:
+        raise ValueError(f"r must be at least 1, got {r}.")
+
+
+def check_dropout(dropout: Any) -> None:
+    """Checks that the field `dropout` is a probability.
+
+    Raises:
+        TypeError: `dropout` is not a number.
+        ValueError: `dropout` is less than 0, or 1 or more.
+    """
+    check_number("dropout", dropout)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}.")
+
+
+def check_activation(activation: Any) -> None:
+    """Checks that the field `activation` is `None` or names an activation of transformers without parameters.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    known = isinstance(activation, str) and activation in ACT2FN
+    if activation is not None and (not known or activation in _PARAMETRIC_ACTIVATIONS):
+        allowed = sorted(set(ACT2FN) - set(_PARAMETRIC_ACTIVATIONS))
+        raise ValueError(f"activation must be None for the identity, or one of {allowed}, got {activation!r}.")
 
 
 def _as_set(names):

@@ -89,5 +89,6 @@ def edit_tokens(
         if rows is not None:
             index = index[rows[index // (len(flat) // len(rows))]]
         of_part = {"part": part} if len(groups) > 1 else {}
-        out = out.index_copy(0, index, adapter(flat[index], out[index], scaling=scaling, **of_part))
+        added_to = None if residual is None else out[index]
+        out = out.index_copy(0, index, adapter(flat[index], added_to, scaling=scaling, **of_part))
     return out.reshape(base.shape)

@@ -37,20 +37,20 @@ class Prompt:
 
     def __init__(self, mask: torch.Tensor, start: int, length: int):
         self.start, self.length, self.batch = start, length, len(mask)
-        self._mask = mask
+        self.mask = mask
         self._indices: dict[tuple[str, int, torch.device], list[torch.Tensor]] = {}
 
     @property
     def is_over(self) -> bool:
         """Whether the forward pass is behind the prompt, so that it has nothing to edit."""
-        return self.start >= self._mask.shape[1]
+        return self.start >= self.mask.shape[1]
 
     def indices(self, positions: str, parts: int, device: torch.device) -> list[torch.Tensor]:
         """Tokens of the forward pass to edit, as indices into (batch * length): all in one, or in two `parts`, the
         first ones and the last."""
         key = (positions, parts, device)
         if key not in self._indices:
-            first, last = chosen_tokens(self._mask, positions)
+            first, last = chosen_tokens(self.mask, positions)
             groups = (first, last) if parts == 2 else (first | last,)
             self._indices[key] = [self._in_pass(chosen).to(device) for chosen in groups]
         return self._indices[key]

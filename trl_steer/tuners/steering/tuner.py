@@ -217,7 +217,13 @@ class SteeringTuner(CallsMixin):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
-        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases)
+        steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
+        adapter_class, container = layer_cls.adapter_class(steering), f".{layer_cls.layer_name}."
+
+        def problem_of(key: str, tensor: torch.Tensor) -> str | None:
+            return adapter_class.problem_of(key.rpartition(".")[2], tensor) if container in key else None
+
+        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases, problem_of)
         keep_until_dispatched(model, adapter_name, tensors)
         return tensors
 
