@@ -47,15 +47,14 @@ def test_other_trainers_tell_the_prompt_by_labels_or_by_the_logits_that_they_kee
 
 
 @pytest.mark.parametrize(
-    ("trainer_name", "dataset", "arguments", "message"),
+    ("dataset", "arguments", "message"),
     [
-        ("sft", None, {}, "no prompt, of which tokens are to be edited"),
-        ("sft", prompts_and_completions, {"packing": True, "max_length": 32}, "packing=False"),
-        ("reward", None, {}, "nothing says what the prompt is"),
+        (None, {}, "no prompt, of which tokens are to be edited"),
+        (prompts_and_completions, {"packing": True, "max_length": 32}, "packing=False"),
     ],
 )
-def test_where_nothing_says_what_the_prompt_is_training_stops(trainer_name, dataset, arguments, message, tmp_path):
+def test_where_nothing_says_what_the_prompt_is_training_stops(dataset, arguments, message, tmp_path):
     data = {"train_dataset": dataset()} if dataset else {}
-    trainer = make_trainer(trainer_name, tmp_path, peft_config=CONFIGS["loreft"](), **data, **arguments)
+    trainer = make_trainer("sft", tmp_path, peft_config=CONFIGS["loreft"](), **data, **arguments)
     with pytest.raises(ValueError, match=message):
         trainer.train()
