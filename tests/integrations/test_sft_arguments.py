@@ -11,8 +11,8 @@ import yaml
 import trl_steer.integrations
 from trl_steer.integrations.trl import sft
 from trl_steer.integrations.trl.arguments import read
-from trl_steer.integrations.trl.checks import check_places
-from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.integrations.trl.checks import check_paths
+from trl_steer.integrations.trl.source_arguments import ArgumentError
 
 RECIPES = Path(trl_steer.integrations.__path__[0], "trl", "recipes")
 NOTHING_HEAVY = (
@@ -159,4 +159,4 @@ def test_json_lines_are_checked_to_the_last(tmp_path):
     (tmp_path / "rows.jsonl").write_text(good * 2000 + "nonsense\n")
     argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", "some/model"]
     with pytest.raises(ArgumentError, match="line 2001"):
-        check_places(read(argv).given)
+        check_paths(read(argv).given)
