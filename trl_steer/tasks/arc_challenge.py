@@ -24,6 +24,11 @@ from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import official, split_in_two
 from trl_steer.tasks.text import LETTER, MARK, first, last
 
+SPLITS = {
+    "default": official,
+    "steerling": split_in_two("validation", 0.5, first="validation", second="test"),
+}
+
 
 def prompt(row: Row) -> str:
     options = "\n".join(f"({label}) {text}" for label, text in _options(row))
@@ -70,10 +75,7 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": official,
-        "steerling": split_in_two("validation", 0.5, first="validation", second="test"),
-    },
+    splits=SPLITS,
     key=("question", "choices"),
     # Without the closing parenthesis, the options only differ in the last token, so that lm-eval scores all of them in
     # one forward pass.

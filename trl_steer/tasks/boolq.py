@@ -19,6 +19,11 @@ from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import split_in_two, validation_from_train
 from trl_steer.tasks.text import MARK, first, last
 
+SPLITS = {
+    "default": validation_from_train(test="validation"),
+    "steerling": split_in_two("validation", 0.2, first="validation", second="test"),
+}
+
 ANSWERS = ["True", "False"]
 
 
@@ -66,10 +71,7 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": validation_from_train(test="validation"),
-        "steerling": split_in_two("validation", 0.2, first="validation", second="test"),
-    },
+    splits=SPLITS,
     key=("passage", "question"),
     choices=lambda row: [f"Answer: {name}" for name in ANSWERS],
     choice_names=lambda row: ANSWERS,

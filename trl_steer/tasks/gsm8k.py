@@ -21,6 +21,11 @@ from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import split_in_two, validation_from_train
 from trl_steer.tasks.text import MARK, first, last
 
+SPLITS = {
+    "default": validation_from_train(test="test"),
+    "steerling": split_in_two("test", 0.2, first="test", second="validation"),
+}
+
 # 5, 1,234.50, .5, $7; a minus sign belongs to the number unless it is a subtraction.
 _NUMBER = r"((?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))"
 
@@ -81,9 +86,6 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": validation_from_train(test="test"),
-        "steerling": split_in_two("test", 0.2, first="test", second="validation"),
-    },
+    splits=SPLITS,
     key=("question",),
 )

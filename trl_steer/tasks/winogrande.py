@@ -21,6 +21,11 @@ from trl_steer.tasks.base import Benchmark, Row
 from trl_steer.tasks.splits import split_in_two, validation_from_train
 from trl_steer.tasks.text import MARK, first, last
 
+SPLITS = {
+    "default": validation_from_train(test="validation"),
+    "steerling": split_in_two("validation", 0.5, first="validation", second="test"),
+}
+
 
 def prompt(row: Row) -> str:
     return (
@@ -66,10 +71,7 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": validation_from_train(test="validation"),
-        "steerling": split_in_two("validation", 0.5, first="validation", second="test"),
-    },
+    splits=SPLITS,
     key=("sentence", "option1", "option2"),
     choices=lambda row: ["Answer: Option1", "Answer: Option2"],
     choice_names=lambda row: ["Option1", "Option2"],
