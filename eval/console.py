@@ -1,4 +1,4 @@
-"""What a user sees of a long run: numbered steps and the time that is left. Everything else goes to a file."""
+"""The terminal output of a long run: numbered steps and the remaining time. All other output goes to a file."""
 
 import os
 import sys
@@ -9,28 +9,28 @@ from pathlib import Path
 
 
 class Report:
-    """Is told how a run goes, and keeps it to itself."""
+    """Receives the progress of a run. This base class ignores it."""
 
     def start(self, steps: int) -> None:
-        """A run of so many steps begins."""
+        """Called at the start of a run, with its number of steps."""
 
     def step(self, name: str) -> None:
-        """The next step begins."""
+        """Called at the start of a step."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """So much of the step is done."""
+        """Called during a step."""
 
     def end(self, result: str) -> None:
-        """The step has ended."""
+        """Called at the end of a step."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """Called with a message to the user."""
 
 
 class Console(Report):
-    """Writes to the standard output as it was when this was made, also while [`output_to`] leads it elsewhere.
+    """Writes to the standard output at the time of its creation, even when [`output_to`] redirects it later.
 
-    On a terminal a step is one line that is written over; elsewhere, a line for each tenth of it.
+    On a terminal, a step is a single line, which is updated. Otherwise, there is a line for each tenth of a step.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Console(Report):
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        # Nothing is known of how long one takes until one was seen to end; the first is slower than the others.
+        # The estimate does not include the first item, which is slower than the others.
         first, self._began = self._began, self._began or (now, done)
         parts = [f"{done} of {total}", *([note] if note else [])]
         if first is not None and first[1] < done < total:
@@ -68,7 +68,7 @@ class Console(Report):
         self._write(f"        {text}")
 
     def close(self) -> None:
-        """Leaves the cursor at the beginning of a line."""
+        """Ends the current line."""
         if self._open:
             self._out.write("\n")
         self._out.close()
@@ -82,9 +82,9 @@ class Console(Report):
 
 @contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Appends to a file what anything in this process writes to its standard output and error streams.
+    """Context manager that redirects the standard output and error streams of the process, and appends them to a file.
 
-    The streams of the process, not `sys.stdout`: libraries keep those they found when they were imported.
+    Redirects the file descriptors rather than `sys.stdout`, to which libraries may keep a reference.
     """
     with path.open("ab") as file:
         _flush()

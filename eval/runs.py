@@ -1,14 +1,13 @@
-"""A run is a folder: one adapter, trained and scored, with all that decided the result and all that came out.
+"""Runs: training and evaluation of an adapter, with all settings and results in one folder.
 
-    settings.json        all that decides the result
-    environment.json     versions, device, threads, command: what it was made with
+    settings.json        all settings that determine the result
+    environment.json     versions, device, threads, command
     adapter/             the PEFT adapter, with its tokenizer
     training.json        losses, seconds, tokens, trainable parameters, peak memory
-    scores/<task>.json   accuracy, and every example: prompt id, text, answer, right or wrong
-    log                  what the libraries said
+    scores/<task>.json   accuracy, and all examples: prompt id, text, answer, correct or not
+    log                  output of the libraries
 
-Each of these exists only when it is finished. So a run that was killed goes on where it was when it is made again, and
-one that is finished is taken as it is. Importing this loads nothing heavy.
+Each of them is written atomically. So a run that was killed can be continued, and a finished one is not repeated.
 """
 
 import fcntl
@@ -42,9 +41,9 @@ SETTINGS, ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG = (
 )
 CHECKPOINTS, LOCK, RESULTS = "checkpoints", ".lock", "results.md"
 OURS = (ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG, CHECKPOINTS, RESULTS)
-# Written into a checkpoint last: one without it was cut off. Holds what `training.json` says at that step.
+# The contents of `training.json` at a checkpoint. It is written last, so that a checkpoint without it is incomplete.
 MARK = "progress.json"
-# What a checkpoint has beside the adapter.
+# Files of a checkpoint that do not belong to the adapter.
 _STATE = (
     *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"),
     *("trainer_state.json", "training_args.bin", MARK),
@@ -54,23 +53,23 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 
 
 class RunError(RuntimeError):
-    """A run cannot be made, or a folder is none. The message is one line for the user."""
+    """A run failed, or a folder is not that of a run. The message is a single line."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the result of a run. Every value is one of JSON.
+    """The settings that determine the result of a run. All values can be saved as JSON.
 
     Args:
         method (`str`): One of [`METHODS`].
         model (`str`): Hub id, checkpoint folder, or [`models.EMBEDDED`].
-        benchmark (`str`): The task of `trl_steer.tasks` whose train split is trained on.
-        source (`dict`): Arguments of the benchmark's source: sizes and seed of one that is generated, for example.
-        task (`str`): The lm-eval task that scores.
-        seed (`int`): Of the initial weights and the order of the examples.
+        benchmark (`str`): The task of `trl_steer.tasks` to train on.
+        source (`dict`): Source of the benchmark's data set, for example the sizes and the seed of a generated one.
+        task (`str`): The lm-eval task.
+        seed (`int`): Random seed of the initial weights and the order of the examples.
         r (`int`): Rank of LoRA and of low-rank steering.
-        training (`dict`): What TRL's `SFTConfig`, for joint methods `JointOrthSFTConfig`, is given.
-        scoring (`dict`): What lm-eval is given: `batch_size` and `gen_kwargs`.
+        training (`dict`): Arguments of TRL's `SFTConfig`, or of `JointOrthSFTConfig` for joint methods.
+        scoring (`dict`): Arguments of lm-eval, `batch_size` and `gen_kwargs`.
     """
 
     method: Method
@@ -84,15 +83,15 @@ class Settings:
     scoring: Mapping[str, Any] = field(default_factory=lambda: {"batch_size": 1})
 
     def to_dict(self) -> dict[str, Any]:
-        """As they are written down."""
+        """The contents of `settings.json`."""
         return {"format": FORMAT, **asdict(self)}
 
 
 class Run:
-    """Reads the folder of a run, finished or not.
+    """The folder of a run, finished or not.
 
     Args:
-        folder (`Path`): The folder, which need not be there.
+        folder (`Path`): The folder. It may not exist.
     """
 
     def __init__(self, folder: Path):
@@ -104,7 +103,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """None where there is no run."""
+        """The settings, or `None` if the folder is not that of a run."""
         try:
             found = read_json(self.folder / SETTINGS)
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -123,7 +122,7 @@ class Run:
         return self.folder / SCORES / f"{task}{'.base' if base else ''}.json"
 
     def scores(self, task: str, base: bool = False) -> dict[str, Any]:
-        """`accuracy` and `examples` of the adapter, or of the base model, in an lm-eval task."""
+        """`accuracy` and `examples` of the adapter, or of the base model, on an lm-eval task."""
         return read_json(self.scores_file(task, base))
 
     def correct(self, task: str, base: bool = False) -> list[bool]:
@@ -131,7 +130,7 @@ class Run:
         return [example["correct"] for example in self.scores(task, base)["examples"]]
 
     def tasks(self) -> list[str]:
-        """The tasks that the adapter was scored on."""
+        """The tasks on which the adapter was evaluated."""
         return sorted(file.stem for file in (self.folder / SCORES).glob("*.json") if not file.stem.endswith(".base"))
 
     def is_trained(self) -> bool:
@@ -142,12 +141,12 @@ class Run:
         return self.is_trained() and scored
 
     def newest_checkpoint(self) -> Path | None:
-        """The last of those that are whole."""
-        whole = [mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{MARK}")]
-        return max(whole, key=_step, default=None)
+        """The last complete checkpoint, or `None`."""
+        complete = [mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{MARK}")]
+        return max(complete, key=_step, default=None)
 
     def command(self) -> str:
-        """The stock lm-eval command that scores the adapter as this run did, for the shell."""
+        """The lm-eval command that evaluates the adapter in the same way, for the shell."""
         settings, environment = self.settings or {}, self.environment
         arguments = {"pretrained": environment["model"], "peft": str(self.adapter), "dtype": "float32"}
         joined = ",".join(f"{key}={value}" for key, value in arguments.items())
@@ -155,7 +154,7 @@ class Run:
         scoring = settings["scoring"]
         options = {
             "--model": "hf",
-            "--model_args": joined if joined.count(",") < len(arguments) else json.dumps(arguments),  # a path has one
+            "--model_args": joined if joined.count(",") < len(arguments) else json.dumps(arguments),  # "," in a path
             "--include_path": str(TASKS),
             "--tasks": settings["task"],
             "--metadata": json.dumps(metadata) if metadata else None,
@@ -167,7 +166,7 @@ class Run:
         return " \\\n    ".join(["lm_eval run", *words])
 
     def kept(self) -> str:
-        """What a run that was stopped has, in words."""
+        """Describes which parts of a run are finished."""
         parts = []
         if any((self.folder / SCORES).glob("*.base.json")):
             parts.append("the base model's score")
@@ -176,18 +175,18 @@ class Run:
             parts.append("the trained adapter")
         elif checkpoint is not None:
             parts.append(f"training up to step {_step(checkpoint)}")
-        return " and ".join(parts) or "the settings alone"
+        return " and ".join(parts) or "only the settings"
 
 
 def open_run(folder: Path) -> Run:
-    """A run that is there.
+    """An existing run.
 
     Raises:
-        RunError: if the folder holds none.
+        RunError: The folder is not that of a run.
     """
     run = Run(folder)
     if run.settings is None:
-        raise RunError(f"{folder} is not the folder of a run: it has no {SETTINGS} of one.")
+        raise RunError(f"{folder} is not the folder of a run: it has no {SETTINGS} of a run.")
     return run
 
 
@@ -199,25 +198,25 @@ def make(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
-    """Does what is missing of a run.
+    """Trains and evaluates an adapter, or completes an unfinished run.
 
     Args:
-        settings (`Settings`): All that decides the result.
-        folder (`Path`): Where the run is, or will be.
-        score_base (`bool`, *optional*, defaults to `False`): Whether to score the base model too.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to remove the run that is there and start anew.
-        report (`Report`, *optional*): Is told how it goes.
+        settings (`Settings`): Settings of the run.
+        folder (`Path`): Folder of the run.
+        score_base (`bool`, *optional*, defaults to `False`): Whether to evaluate the base model too.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to remove an existing run first.
+        report (`Report`, *optional*): Receives the progress.
 
     Raises:
-        RunError: if the folder holds something else, or a run with other settings; if another process is making a run
-            there; if training or scoring fails. Nothing that is finished is lost.
+        RunError: The folder has other files or a run with other settings, or is in use by another process; or training
+            or evaluation failed. Finished parts are kept.
     """
     run, report = Run(folder), report or Report()
     if run.settings == settings.to_dict() and run.is_finished(settings.task, score_base) and not overwrite:
-        report.note("This run is finished; what follows is what it left.")
+        report.note("This run is already finished. Its results are:")
         return run
     if importlib.util.find_spec("lm_eval") is None:
-        raise RunError("lm-eval, which scores, is not installed: pip install 'trl-steer[demo]'")
+        raise RunError("lm-eval is not installed. Run `pip install 'trl-steer[demo]'`.")
     try:
         _check_ours(run)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +235,7 @@ def make(
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, nested ones by their dotted name."""
+    """The settings that are different, with dotted names for nested ones."""
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
@@ -275,7 +274,7 @@ def _train(run: Run, settings: Settings, model: str, report: Report) -> None:
     if not run.is_trained():
         for checkpoint in sorted(run.checkpoints.glob("checkpoint-*")):
             if not (checkpoint / MARK).is_file():
-                report.note(f"{checkpoint.name} was cut off while it was written; it is skipped.")
+                report.note(f"Skipping {checkpoint.name}, which is incomplete.")
                 remove(checkpoint)
         newest = run.newest_checkpoint()
         if newest is None or not _is_last(newest):
@@ -284,7 +283,7 @@ def _train(run: Run, settings: Settings, model: str, report: Report) -> None:
             train(settings, model, run.checkpoints, newest, report)
             newest = run.newest_checkpoint()
         if newest is None:
-            raise RunError("Training ended without a checkpoint, because there was no step to take.")
+            raise RunError("Training ended without a checkpoint, because it had no steps. Use more training examples.")
         write_json(run.folder / TRAINING, read_json(newest / MARK))
         with new_folder(run.adapter) as partial:
             for file in newest.iterdir():
@@ -305,29 +304,27 @@ def _step(checkpoint: Path) -> int:
 
 def _check_ours(run: Run) -> None:
     if run.folder.exists() and not run.folder.is_dir():
-        raise RunError(f"{run.folder} is a file; give a folder.")
+        raise RunError(f"{run.folder} is a file. Choose a folder.")
     names = [path.name for path in run.folder.iterdir()] if run.folder.is_dir() else []
     if run.settings is None and any(name != LOCK and not name.endswith(".partial") for name in names):
-        raise RunError(
-            f"{run.folder} is not empty and holds no run (it has no {SETTINGS} of one); give a new or empty folder."
-        )
+        raise RunError(f"{run.folder} is not empty, and not the folder of a run. Choose a new or empty folder.")
 
 
 def _prepare(run: Run, settings: Settings, overwrite: bool) -> None:
-    """Makes the folder ready for `settings`, which only the process that has locked it may do."""
+    """Prepares the folder for `settings`. The folder must be locked."""
     wanted, before = settings.to_dict(), run.settings
     for folder in (run.folder, run.folder / SCORES):
         for name in (SETTINGS, *OURS) if folder == run.folder else ("*.json",):
-            for partial in folder.glob(f".{name}.*.partial"):  # what a kill has left
+            for partial in folder.glob(f".{name}.*.partial"):  # from a killed process
                 remove(partial)
     if overwrite:
-        # The settings last: killed in between, the folder is still known for a run.
+        # Not the settings, so that the folder is still that of a run if the process is killed.
         for name in OURS:
             remove(run.folder / name)
     elif before is not None and before != wanted and any((run.folder / name).exists() for name in OURS):
         raise RunError(
-            f"{run.folder} holds a run with other settings ({'; '.join(changes(before, wanted))}). Give another "
-            "folder, or --overwrite to start anew."
+            f"{run.folder} has a run with other settings ({'; '.join(changes(before, wanted))}). Choose another "
+            "folder, or use --overwrite to remove the run."
         )
     if before != wanted:
         write_json(run.folder / SETTINGS, wanted)
@@ -335,10 +332,10 @@ def _prepare(run: Run, settings: Settings, overwrite: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes off the folder. The system unlocks it when this process ends, however that happens.
+    """Context manager that locks the folder. The system unlocks it even if the process is killed.
 
     Raises:
-        RunError: if another process has it.
+        RunError: The folder is locked by another process.
     """
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
@@ -346,7 +343,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise RunError(f"{folder} is in use by {holder}; wait for it to end, or give another folder.") from None
+            raise RunError(f"{folder} is in use by {holder}. Wait for it to end, or choose another folder.") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -373,7 +370,7 @@ def _reason(error: Exception, run: Run) -> str:
     if isinstance(error, RunError):
         return str(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    # Neither PyTorch nor safetensors raises an `OSError`, nor says it plainly.
+    # PyTorch and safetensors do not raise an `OSError` when the disk is full.
     if run.folder.is_dir() and shutil.disk_usage(run.folder).free < 2**20:
         text = f"No space is left on the disk of {run.folder} ({text[:120]})"
     if isinstance(error, OSError | ImportError):

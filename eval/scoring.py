@@ -1,4 +1,4 @@
-"""Scores a model, with or without an adapter, through lm-eval's Python interface."""
+"""Evaluates a model, with or without an adapter, with lm-eval's Python interface."""
 
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ from . import models
 from .console import Report
 from .runs import Settings
 
-# The filter that counts.
+# The filter of the reported accuracy.
 STRICT = "strict"
 
 
 def score(settings: Settings, model: str, adapter: Path | None, tasks: Path, report: Report) -> dict[str, Any]:
-    """Evaluates, and returns what a run keeps: the accuracy, and every example in the order of the task.
+    """Evaluates a model, and returns the accuracy and all examples in the order of the task.
 
     Args:
-        settings (`Settings`): Those of the run.
+        settings (`Settings`): Settings of the run.
         model (`str`): Checkpoint folder or Hub id.
-        adapter (`Path`, *optional*): PEFT adapter folder to load on top.
-        tasks (`Path`): Folder of the task's definition.
-        report (`Report`): Is told how it goes.
+        adapter (`Path`, *optional*): Folder of a PEFT adapter.
+        tasks (`Path`): Folder of the lm-eval tasks.
+        report (`Report`): Receives the progress.
     """
     loaded, tokenizer = models.load(model, str(adapter) if adapter else None, dtype=torch.float32)
     metadata: dict[str, Any] = {settings.benchmark: dict(settings.source)} if settings.source else {}
@@ -56,7 +56,7 @@ def score(settings: Settings, model: str, adapter: Path | None, tasks: Path, rep
 
 
 class _Counted(HFLM):
-    """Tells how far it is."""
+    """Reports the progress of generation."""
 
     def __init__(self, *args, report: Report, **kwargs):
         super().__init__(*args, **kwargs)
@@ -64,7 +64,7 @@ class _Counted(HFLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False):
         self.done, self.count = 0, len(requests)
-        # Its bar would write to the terminal when it is thrown away after Ctrl-C.
+        # After Ctrl-C, the progress bar would write to the terminal when it is garbage collected.
         return super().generate_until(requests, disable_tqdm=True)
 
     def _model_generate(self, context, *args, **kwargs):

@@ -31,17 +31,17 @@ def peft_config(settings: Settings) -> PeftConfig:
 
 
 def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None, report: Report) -> None:
-    """Trains to the end, which leaves a checkpoint of the last step.
+    """Trains an adapter, and saves a checkpoint of the last step.
 
     Args:
-        settings (`Settings`): Those of the run.
+        settings (`Settings`): Settings of the run.
         model (`str`): Checkpoint folder or Hub id of the base model.
-        checkpoints (`Path`): Where checkpoints go.
-        newest (`Path`, *optional*): The one to go on from.
-        report (`Report`): Is told how it goes.
+        checkpoints (`Path`): Folder for checkpoints.
+        newest (`Path`, *optional*): The checkpoint to resume from.
+        report (`Report`): Receives the progress.
 
     Raises:
-        TrainingDivergedError: if training diverges.
+        TrainingDivergedError: Training diverged.
     """
     torch.manual_seed(settings.seed)
     trainer_class, config = _trainer(settings, checkpoints)
@@ -60,7 +60,7 @@ def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], S
     arguments: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "seed": settings.seed,
-        # What TRL does to save memory costs time, and changes no result.
+        # TRL's default saves memory, but takes more time.
         "gradient_checkpointing": False,
         "bf16": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
@@ -78,7 +78,7 @@ def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], S
 
 
 class _Record(TrainerCallback):
-    """Tells how training goes, and leaves in each checkpoint, when all else is written, what came out so far."""
+    """Reports the progress of training, and writes the statistics so far to each checkpoint, after its other files."""
 
     def __init__(self, report: Report):
         self.report = report
@@ -89,7 +89,7 @@ class _Record(TrainerCallback):
         self.memory = before["peak_memory_bytes"]
         self.start = time.perf_counter() - before["seconds"]
         if state.global_step:
-            self.report.note(f"Going on from step {state.global_step}.")
+            self.report.note(f"Resuming from step {state.global_step}.")
 
     def on_step_end(self, args, state, control, **kwargs):
         losses = _losses(state)
@@ -119,8 +119,8 @@ def _losses(state) -> list[float]:
 
 
 def _peak_memory() -> int:
-    """Of the accelerator, or else of this process."""
+    """Peak memory in bytes of the GPU, if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, otherwise KiB

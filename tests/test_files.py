@@ -162,7 +162,7 @@ def test_where_another_process_was_faster_with_one_of_several_folders_none_is_pu
 @pytest.mark.parametrize("other", ["a", "a/b", "."])
 def test_folders_in_each_other_are_refused(other, tmp_path):
     with (
-        pytest.raises(ValueError, match="Each folder needs a place outside of the others"),
+        pytest.raises(ValueError, match="Output folders must not be the same"),
         files.new_folders(tmp_path / "a", tmp_path / other),
     ):
         pytest.fail("the block ran")

@@ -86,7 +86,7 @@ def test_the_bootstrap_repeats_itself_and_finds_nothing_where_nothing_differs():
 
 
 def test_a_bootstrap_of_one_example_is_an_error():
-    with pytest.raises(ValueError, match="two examples or more, got 1"):
+    with pytest.raises(ValueError, match="at least two examples, got 1"):
         paired_bootstrap([True], [False])
 
 

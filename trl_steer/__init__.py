@@ -1,7 +1,7 @@
-"""Post-block activation steering as an ordinary part of the Hugging Face training stack.
+"""Activation steering as PEFT methods, to train with TRL.
 
-Importing this package is light: public names load on first use. It also makes sure that our PEFT types are registered
-as soon as `peft` is there, so that `import trl_steer` is enough for `PeftModel.from_pretrained` to know our folders.
+Importing this package is fast, because public names are loaded on first use. It also registers our PEFT types as soon
+as `peft` is imported, so that `PeftModel.from_pretrained` can load our adapters after `import trl_steer`.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trl_steer import autoload
 
-if TYPE_CHECKING:  # more than there is, but the type of each name
+if TYPE_CHECKING:  # more names than are public, but with their types
     from trl_steer.trainers import *
     from trl_steer.tuners.joint_steering import *
     from trl_steer.tuners.loreft import *
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # more than there is, but the type of each name
 
     __version__: str
 
-# Name -> where it lives.
+# Name -> module.
 _PUBLIC = {
     "JointOrthSFTConfig": "trl_steer.trainers",
     "JointOrthSFTTrainer": "trl_steer.trainers",

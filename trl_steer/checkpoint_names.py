@@ -1,4 +1,4 @@
-"""Whether there is a model of a name, told before anything heavy is imported."""
+"""Checks that a model exists, without importing PyTorch or transformers."""
 
 from pathlib import Path
 
@@ -6,23 +6,23 @@ _SECONDS = 5
 
 
 def check_folder(name: str) -> None:
-    """Looks whether a name can be that of a model: the folder of a checkpoint, or a Hub id.
+    """Checks that a name is either the folder of a checkpoint or can be a Hub id.
 
     Raises:
-        FileNotFoundError: It is a file or folder without a checkpoint, or looks like a folder and is none.
+        FileNotFoundError: It is a path, but not that of a folder with a checkpoint.
     """
     path = Path(name).expanduser()
     if path.exists() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{name} has no config.json; it is no folder of a checkpoint.")
+        raise FileNotFoundError(f"{name} is not the folder of a checkpoint: there is no config.json.")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: there is no such folder.")
+        raise FileNotFoundError(f"There is no folder {name}. A Hub id has the form OWNER/NAME.")
 
 
 def check_on_hub(name: str, revision: str | None = None) -> None:
-    """Asks the Hub, or its cache, for the configuration of a model that is no folder.
+    """Checks that a model is in the Hub's cache or on the Hub, unless it is a local folder.
 
     Raises:
-        FileNotFoundError: There is none, or the Hub cannot be reached.
+        FileNotFoundError: It is not, or the Hub cannot be reached.
     """
     if Path(name).expanduser().exists():
         return
@@ -34,4 +34,4 @@ def check_on_hub(name: str, revision: str | None = None) -> None:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_SECONDS)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(f"There is no folder {name}, and no model of that name was found: {reason}") from error
+        raise FileNotFoundError(f"There is no folder {name}, and no model {name} on the Hub: {reason}") from error

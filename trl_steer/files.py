@@ -1,7 +1,6 @@
-"""Files and folders that are either finished or not there: written beside their place, then renamed into it.
+"""Atomic writes of files and folders: they are written to a temporary path next to the target, and then renamed.
 
-What a killed process leaves beside the place is called `.NAME.*.partial`. Nothing reads it, and the next attempt does
-not mind it.
+If the process is killed, the temporary path `.NAME.*.partial` remains. It is never read, and can be deleted.
 """
 
 import json
@@ -16,14 +15,14 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, and the folders above it. After an error, `path` is as it was."""
+    """Writes a file and creates its parent folders. If an error occurs, `path` is not changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except BaseException:
-        with suppress(OSError):  # a read-only disk refuses this too, and the first error is the one to show
+        with suppress(OSError):  # fails as well on a read-only disk, where the first error is to be shown
             partial.unlink()
         raise
 
@@ -45,7 +44,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there. It loses its name first, so that no half of it is taken for whole."""
+    """Removes a file or folder if it exists. It is renamed first, so that it is never incomplete under its name."""
     if path.exists():
         partial = path.rename(_partial(path))
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -53,10 +52,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which becomes `path` when the block ends without an error.
+    """Context manager that yields a temporary folder, and renames it to `path` if no error occurs.
 
-    An empty folder at `path` is replaced. Where another process was faster, its folder stays and this one is thrown
-    away.
+    An empty folder at `path` is replaced. If another process has already written `path`, its folder is kept and the
+    temporary one is removed.
     """
     path = path.resolve()
     with _folder_beside(path) as partial:
@@ -64,25 +63,25 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             os.rename(partial, path)
         except OSError:
-            if not _is_taken(path):
+            if not _is_nonempty(path):
                 raise
 
 
 @contextmanager
 def new_folders(*paths: Path) -> Iterator[list[Path]]:
-    """Gives a temporary folder for each path; when the block ends without an error, they become `paths`, or none does.
+    """Context manager that yields a temporary folder for each path, and renames them to `paths` if no error occurs.
 
-    Empty folders at `paths` are replaced. A process that is killed between the renames leaves the first ones in place.
+    Either all of them are renamed or none. If the process is killed between the renames, the first ones remain. Empty
+    folders at `paths` are replaced.
 
     Raises:
-        ValueError: before the block, if two paths are the same or one lies in the other.
-        FileExistsError: before the block, if a path is a file or a folder that is not empty; after it, if one has
-            become that in the meantime. Then, as after any other error, there is nothing new at any of the paths.
+        ValueError: Two paths are the same, or one is inside another.
+        FileExistsError: A path is a file or a folder that is not empty, before or after the block.
     """
     targets = [path.resolve() for path in paths]
     for (path, target), (other, other_target) in combinations(zip(paths, targets, strict=True), 2):
         if target.is_relative_to(other_target) or other_target.is_relative_to(target):
-            raise ValueError(f"Each folder needs a place outside of the others, got {path} and {other}.")
+            raise ValueError(f"Output folders must not be the same or inside each other, got {path} and {other}.")
     for target in targets:
         _check_free(target)
     with ExitStack() as stack:
@@ -90,7 +89,7 @@ def new_folders(*paths: Path) -> Iterator[list[Path]]:
         yield partials
         with ExitStack() as undo:
             for target, partial in zip(targets, partials, strict=True):
-                undo.callback(_take_back, target, partial, target.is_dir())
+                undo.callback(_undo_rename, target, partial, target.is_dir())
                 try:
                     os.rename(partial, target)
                 except OSError:
@@ -111,24 +110,24 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def _partial(path: Path) -> Path:
-    # Not by process: threads share one, and a number comes back after a while.
+    # Random, since the id of a process is shared by its threads and can be reused.
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
-def _take_back(target: Path, partial: Path, was_there: bool) -> None:
+def _undo_rename(target: Path, partial: Path, existed: bool) -> None:
     if partial.exists():  # not renamed yet
         return
     os.rename(target, partial)
-    if was_there:
+    if existed:
         target.mkdir()
 
 
 def _check_free(path: Path) -> None:
-    if _is_taken(path):
-        raise FileExistsError(f"{path} exists and is not empty; choose another folder or remove it.")
+    if _is_nonempty(path):
+        raise FileExistsError(f"{path} exists and is not empty. Choose another folder or remove it.")
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; choose another folder or remove it.")
+        raise FileExistsError(f"{path} is a file. Choose another folder or remove it.")
 
 
-def _is_taken(path: Path) -> bool:
+def _is_nonempty(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())

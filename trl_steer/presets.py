@@ -1,11 +1,11 @@
-"""Settings by name: one table of what `trl-steer sft`, `trl-steer joint`, the demo and study files train with.
+"""Presets: the hyperparameters of `trl-steer sft`, `trl-steer joint`, the demo and study files.
 
-- `default`: what works best on what was measured here, the demo's task.
-- `paper`: the text of arXiv 2603.00425, appendix F. Its tables of learning rates and some other numbers are lost in
-  the published text; what stands in for them is marked as guessed.
-- `steerling`: the defaults of the code that the authors released, its way of projecting included.
+- `default`: the best values on the demo's task.
+- `paper`: arXiv 2603.00425, appendix F. The published text lacks its tables of learning rates and some other values;
+  their replacements are marked as guessed.
+- `steerling`: the defaults of the authors' code, including its schedule of projections.
 
-Settings are named as the command-line arguments are: those of TRL's configurations, and ours for the adapter.
+Settings have the names of command-line arguments: those of TRL's configurations, and ours for the adapter.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 PRESETS = {
-    "default": "what works best on the demo's task",
-    "paper": "the setup in the paper's appendix F, with guesses for what its text lost",
-    "steerling": "the defaults of the authors' released code, their projection schedule included",
+    "default": "the best values on the demo's task",
+    "paper": "the setup in the paper's appendix F, with guesses for the values that its text lacks",
+    "steerling": "the defaults of the authors' code, including its schedule of projections",
 }
 METHODS = {
     "low_rank": "low-rank post-block steering",
     "vector": "one steering vector per block",
-    "sublayer": "steering inside of the blocks, at --site",
+    "sublayer": "steering inside the blocks, at --site",
     "lora": "LoRA on all linear layers of the blocks",
     "joint": "LoRA and post-block steering trained together",
     "joint_orth": "the same, in orthogonal output subspaces",
@@ -30,20 +30,20 @@ METHODS = {
 STEERING_TYPES = ("low_rank", "vector")
 JOINT = ("joint", "joint_orth")
 
-# The linear layers that the authors' code adapts: all of a Llama block.
+# LoRA's targets in the authors' code: all linear layers of a Llama block.
 SEVEN_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_GRID = "the paper's grid of rates is lost; this is the middle of the grid in an earlier write-up by its authors"
-_WARMUP = "the paper's warm-up share is lost; this is that of the authors' code"
-_LORA = "the paper does not give LoRA's alpha and targets; these are those of the authors' code"
+_GRID = "the paper's text lacks the grid; this is the middle of the grid in an earlier write-up by its authors"
+_WARMUP = "the paper's text lacks the warm-up ratio; this is from the authors' code"
+_LORA = "the paper does not give LoRA's alpha and targets; these are from the authors' code"
 
 
 class Settings(NamedTuple):
     """
-    What a preset sets for one method and task.
+    The settings of a preset for one method and task.
 
     Attributes:
-        values (`dict[str, Any]`): By the name of the command-line argument.
-        guessed (`dict[str, str]`): Why, for each of these that the preset's source does not give.
+        values (`dict[str, Any]`): Values by the name of the command-line argument.
+        guessed (`dict[str, str]`): Reasons for the values that are not given by the preset's source.
     """
 
     values: dict[str, Any]
@@ -57,9 +57,9 @@ def settings(preset: str, method: str, task: str | None = None, steering_type: s
     Args:
         preset (`str`): One of [`PRESETS`].
         method (`str`): One of [`METHODS`].
-        task (`str`, *optional*): Name of a benchmark, which decides the number of epochs and the length of examples.
-        steering_type (`str`, defaults to `"low_rank"`):
-            For `method="sublayer"`, and for the steering half of joint training.
+        task (`str`, *optional*): Name of a benchmark, which determines the number of epochs and the maximum length.
+        steering_type (`str`, defaults to `"low_rank"`): The type of steering with `method="sublayer"` and joint
+            training.
 
     Raises:
         ValueError: There is no such preset, method or type.
@@ -70,7 +70,7 @@ def settings(preset: str, method: str, task: str | None = None, steering_type: s
         ("steering_type", steering_type, STEERING_TYPES),
     ):
         if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}.")
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
     if method in STEERING_TYPES:
         steering_type = method
     found = {"default": _default, "paper": _paper, "steerling": _steerling}[preset](method, task, steering_type)
@@ -78,7 +78,7 @@ def settings(preset: str, method: str, task: str | None = None, steering_type: s
 
 
 def _epochs(task: str | None) -> dict[str, Any]:
-    """Without a task, TRL's default stays."""
+    """Without a task, TRL's default is used."""
     if task is None:
         return {}
     return {"num_train_epochs": {"gsm8k": 3.0, "alpaca": 3.0}.get(task, 1.0)}
@@ -114,15 +114,17 @@ def _paper(method: str, task: str | None, steering_type: str) -> Settings:
     elif method in JOINT:
         values |= {"learning_rate": 2e-4, "steering_learning_rate": 2e-4}
         values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.06, "steering_init_scale": 1e-3}
-        told = "the paper does not give it for joint training; this is that of the authors' code"
-        guessed = dict.fromkeys(("learning_rate", "steering_learning_rate", "lr_scheduler_type", "warmup_steps"), told)
+        why = "the paper does not give it for joint training; this is from the authors' code"
+        guessed = dict.fromkeys(("learning_rate", "steering_learning_rate", "lr_scheduler_type", "warmup_steps"), why)
     else:
         values |= {"learning_rate": {"low_rank": 2e-3, "vector": 5e-3}[steering_type]}
         values |= {"lr_scheduler_type": "constant", "warmup_steps": 0.0, "steering_init_scale": 1e-3}
         if steering_type == "vector":
-            guessed["learning_rate"] = "the paper's grid is lost, and shifted up for vectors; this is its upper end"
+            guessed["learning_rate"] = (
+                "the paper's text lacks the grid, which is higher for vectors; this is its upper end"
+            )
     if method not in ("lora", "full"):
-        guessed["steering_init_scale"] = "the paper does not give it; this is that of the authors' code"
+        guessed["steering_init_scale"] = "the paper does not give it; this is from the authors' code"
     if method in ("lora", *JOINT):
         values |= {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": SEVEN_MODULES}
         guessed |= dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), _LORA)
@@ -169,5 +171,5 @@ def _steerling(method: str, task: str | None, steering_type: str) -> Settings:
     if method not in ("lora", "full"):
         values |= {"steering_init_scale": 1e-3}
     if method in ("lora", "full"):
-        guessed["learning_rate"] = "the code's default is made for steering"
+        guessed["learning_rate"] = "the default of the code is meant for steering"
     return Settings(values, guessed)

@@ -1,7 +1,7 @@
-"""Adds our tuners to PEFT's tables. Called by `autoload`; calling it again does nothing.
+"""Registers our tuners with PEFT. Called by `autoload`; calling it again has no effect.
 
-Every folder under `trl_steer/tuners` that is a tuner calls [`register_tuner`] when it is imported. PEFT is imported in
-the functions, not above: importing it runs `autoload`, which needs this module to be complete.
+The package of each tuner calls [`register_tuner`] when it is imported. PEFT is imported inside the functions, because
+importing it runs `autoload`, which imports this module.
 """
 
 import enum
@@ -9,8 +9,8 @@ import importlib
 import warnings
 from typing import Any
 
-# Names of types that PEFT has taken, of which the user has been told.
-_LEFT_ALONE: set[str] = set()
+# Types that PEFT already has, about which the user has been warned.
+_WARNED: set[str] = set()
 
 
 def register_peft_types() -> None:
@@ -19,9 +19,9 @@ def register_peft_types() -> None:
 
 
 def register_tuner(*, name: str, config_cls: type, model_cls: Any) -> None:
-    """Registers a tuner with PEFT, as [`~peft.utils.peft_types.register_peft_method`] does for those of PEFT.
+    """Registers a tuner with PEFT, as [`~peft.utils.peft_types.register_peft_method`] does for PEFT's own tuners.
 
-    A type that PEFT itself already has under the name is left alone, with a warning: PEFT's own then loads.
+    If PEFT already has a type with this name, warns and does not register the tuner.
 
     Args:
         name (`str`): Name of the PEFT type, in lower case.
@@ -36,16 +36,16 @@ def register_tuner(*, name: str, config_cls: type, model_cls: Any) -> None:
 
 
 def _extend_peft_type(PeftType: type[enum.Enum], name: str) -> bool:
-    """Makes `name` a real member of PEFT's closed enum. Returns whether the type is ours."""
+    """Adds `name` to PEFT's enum of types, unless PEFT already has it. Returns whether the type is ours."""
     key = name.upper()
     if key in PeftType.__members__:
         if getattr(PeftType[key], "_trl_steer", False):
             return True
-        if key not in _LEFT_ALONE:
-            _LEFT_ALONE.add(key)
+        if key not in _WARNED:
+            _WARNED.add(key)
             warnings.warn(
-                f"PEFT has a method of its own called {key}; trl_steer leaves it in place and does not register its "
-                "own. Pin an older PEFT to load adapters that were trained with trl_steer.",
+                f"This version of PEFT has its own method {key}, so that of trl_steer is not registered. Use an older "
+                "version of PEFT to load adapters that were trained with trl_steer.",
                 stacklevel=3,
             )
         return False
@@ -54,15 +54,15 @@ def _extend_peft_type(PeftType: type[enum.Enum], name: str) -> bool:
 
 
 def add_member(enum_class: type[enum.Enum], name: str) -> Any:
-    """Adds the string `name` to an enum of strings, as a member like those of its definition."""
+    """Adds the member `name` to an enum of strings, with the same attributes as members in its definition."""
     member: Any = str.__new__(enum_class, name)  # type: ignore[type-var]
     member._name_ = member._value_ = name
     member._sort_order_ = len(enum_class._member_names_)
     member.__objclass__ = enum_class
-    type.__setattr__(enum_class, name, member)  # enums refuse the ordinary way
+    type.__setattr__(enum_class, name, member)  # `setattr` raises an error for enums
     enum_class._member_names_.append(name)
     enum_class._member_map_[name] = member
     enum_class._value2member_map_[name] = member
-    if hasattr(enum_class, "_hashable_values_"):  # later versions of Python
+    if hasattr(enum_class, "_hashable_values_"):  # Python 3.12 and later
         enum_class._hashable_values_.append(name)
     return member

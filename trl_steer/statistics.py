@@ -1,6 +1,6 @@
-"""What the numbers of an evaluation are worth: intervals and tests, each in one place.
+"""Confidence intervals and statistical tests.
 
-scipy is imported in the functions: it comes with the extras that evaluate, and the library does without.
+scipy is imported inside the functions, because it is only installed with the extras for evaluation.
 """
 
 import statistics
@@ -11,10 +11,10 @@ Interval = tuple[float, float]
 
 
 def binomial_standard_error(hits: int, total: int) -> float:
-    """Standard error of the share `hits / total`.
+    """Standard error of the proportion `p = hits / total`, `sqrt(p (1 - p) / total)`.
 
     Raises:
-        ValueError: if `total` is not positive, or `hits` not between 0 and `total`.
+        ValueError: `total` is not positive, or `hits` is not between 0 and `total`.
     """
     _check_counts(hits, total)
     share = hits / total
@@ -22,10 +22,10 @@ def binomial_standard_error(hits: int, total: int) -> float:
 
 
 def wilson_interval(hits: int, total: int, level: float = 0.95) -> Interval:
-    """Wilson's interval for the share `hits / total`, without continuity correction.
+    """Wilson score interval for the proportion `hits / total`, without continuity correction.
 
     Raises:
-        ValueError: if `total` is not positive, or `hits` not between 0 and `total`.
+        ValueError: `total` is not positive, or `hits` is not between 0 and `total`.
     """
     from scipy.stats import binomtest
 
@@ -37,17 +37,17 @@ def wilson_interval(hits: int, total: int, level: float = 0.95) -> Interval:
 def exact_mcnemar(
     ours: Sequence[bool], theirs: Sequence[bool], *, alternative: Literal["greater", "two-sided"] = "greater"
 ) -> float:
-    """p-value of the exact McNemar test on answers to the same examples, right or wrong.
+    """p-value of the exact McNemar test on two sets of answers to the same examples.
 
-    Only pairs that differ count. If both sides were as good, each such pair would be a fair coin.
+    Only examples that exactly one of them answers correctly count. Under the null hypothesis, it is either one with
+    probability 1/2.
 
     Args:
         ours (`Sequence[bool]`), theirs (`Sequence[bool]`): Whether each example was answered correctly.
-        alternative (`str`, defaults to `"greater"`): `"greater"`: how likely is it that `ours` is so much better, or
-            more. `"two-sided"`: that either is.
+        alternative (`str`, defaults to `"greater"`): `"greater"`, that `ours` is better, or `"two-sided"`.
 
     Raises:
-        ValueError: if the two sides differ in length.
+        ValueError: The lengths are different.
     """
     from scipy.stats import binomtest
 
@@ -65,22 +65,23 @@ def exact_mcnemar(
 def paired_bootstrap(
     ours: Sequence[float], theirs: Sequence[float], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> tuple[float, Interval]:
-    """Mean of `ours - theirs` over the same examples, and its percentile interval over resampled examples.
+    """Mean of `ours - theirs` over the same examples, and its percentile bootstrap interval.
 
     Args:
-        ours (`Sequence[float]`), theirs (`Sequence[float]`): A score for each example; right or wrong is one.
+        ours (`Sequence[float]`), theirs (`Sequence[float]`): The score of each example, for example 0 or 1.
+        level (`float`, defaults to 0.95): Confidence level.
         samples (`int`, defaults to 10000): Number of resamples.
-        seed (`int`, defaults to 0): Of the random numbers that choose them.
+        seed (`int`, defaults to 0): Random seed.
 
     Raises:
-        ValueError: if the two sides differ in length, or there are fewer than two examples.
+        ValueError: The lengths are different, or there are fewer than two examples.
     """
     import numpy as np
     from scipy.stats import bootstrap
 
     _check_paired(ours, theirs)
     if len(ours) < 2:
-        raise ValueError(f"A bootstrap resamples two examples or more, got {len(ours)}.")
+        raise ValueError(f"A bootstrap needs at least two examples, got {len(ours)}.")
     differences = np.asarray(ours, float) - np.asarray(theirs, float)
     mean = float(differences.mean())
     if not differences.any():
@@ -93,10 +94,10 @@ def paired_bootstrap(
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Student's interval for the mean of `values`, one for each seed. A single value says nothing: it is infinite.
+    """Student's t interval for the mean of `values`. Infinite for a single value.
 
     Raises:
-        ValueError: if there is no value.
+        ValueError: There are no values.
     """
     from scipy import stats
 
@@ -111,11 +112,11 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 def _check_counts(hits: int, total: int) -> None:
     if total < 1 or not 0 <= hits <= total:
-        raise ValueError(f"A share needs 0 <= hits <= total and a positive total, got {hits} of {total}.")
+        raise ValueError(f"Expected 0 <= hits <= total and a positive total, got {hits} of {total}.")
 
 
 def _check_paired(ours: Sequence, theirs: Sequence) -> None:
     if len(ours) != len(theirs):
         raise ValueError(
-            f"A paired comparison needs both sides on the same examples, got {len(ours)} and {len(theirs)} answers."
+            f"A paired comparison needs answers to the same examples, got {len(ours)} and {len(theirs)} answers."
         )

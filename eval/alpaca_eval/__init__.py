@@ -1,1 +1,1 @@
-"""AlpacaEval 2.0: generation, judging, report and submission around the package `alpaca-eval`."""
+"""AlpacaEval 2.0: generates and judges outputs, and writes reports and submissions, with the package `alpaca-eval`."""

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible endpoint, for models and for judges."""
+"""The client of an OpenAI-compatible endpoint, for models and judges."""
 
 import itertools
 import random
@@ -11,34 +11,34 @@ from typing import Any
 
 from . import thoughts
 
-# How often an answer that is no completion is asked for again: a web page does not pass like a busy server.
+# Attempts of a request whose answer is not a completion. Unlike a busy server, this seldom passes.
 ATTEMPTS = 3
-# So many failures in a row are no matter of single rows any more.
-GIVE_UP_AFTER = 10
+# After this number of consecutive failures, no further requests are sent.
+MAX_CONSECUTIVE_FAILURES = 10
 LONGEST_PAUSE = 60.0
-NOT_ASKED = "Not asked any more after those before had failed."
+NOT_SENT = "Not sent, because of earlier failures."
 
 
 class EndpointError(RuntimeError):
-    """A request brought nothing that can be used."""
+    """A request failed, or its answer cannot be used."""
 
 
 class UnreachableError(EndpointError):
-    """There is nobody at the endpoint, or the connection broke off."""
+    """The endpoint cannot be reached, or the connection was closed."""
 
 
 class RejectedError(EndpointError):
-    """The endpoint rejects the key, the model or the account, and so every other request too."""
+    """The endpoint rejects the key, the model or the account, so that all other requests would fail too."""
 
 
 class Client:
-    """Asks an endpoint, with retries that an interruption ends.
+    """Sends requests to an endpoint, with retries.
 
     Args:
-        endpoint (`str`), key (`str`, *optional*): Base URL, and its key; many local servers want none.
-        in_flight (`int`): Requests at a time.
-        retries (`int`): Repeats of a request that met 429, 5xx, a time-out or no connection, with growing pauses.
-        timeout (`float`): Seconds without any byte of an answer after which a request has failed.
+        endpoint (`str`), key (`str`, *optional*): Base URL and key. Many local servers do not need a key.
+        in_flight (`int`): Number of concurrent requests.
+        retries (`int`): Retries after status 429, 5xx, a timeout or a connection error, with increasing pauses.
+        timeout (`float`): Seconds to wait for the next byte of an answer.
     """
 
     def __init__(
@@ -47,21 +47,26 @@ class Client:
         import openai
 
         self.endpoint, self.in_flight, self.retries, self.timeout = endpoint, in_flight, retries, timeout
-        self.stopped = threading.Event()  # once it is set, no request is sent any more
+        self.stopped = threading.Event()  # when set, no further requests are sent
         self._openai = openai.OpenAI(api_key=key or "none", base_url=endpoint, timeout=timeout, max_retries=0)
         self._limit = "max_tokens"
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Sends one request: to `/completions` if it has a `prompt`, else to `/chat/completions`.
 
-        `max_tokens` is sent as `max_completion_tokens` to endpoints that refuse it.
+        `max_tokens` is sent as `max_completion_tokens` to endpoints that do not accept it.
 
-        Returns the endpoint's answer, unchanged, whose first choice [`thoughts.content`] can read. Raises
-        `EndpointError` if there is none.
+        Returns the answer, whose first choice is valid for [`thoughts.content`]. Raises `EndpointError` if the request
+        fails.
         """
         import openai
 
-        passing = (openai.APIConnectionError, openai.RateLimitError, openai.ConflictError, openai.InternalServerError)
+        temporary = (
+            openai.APIConnectionError,
+            openai.RateLimitError,
+            openai.ConflictError,
+            openai.InternalServerError,
+        )
         for attempt in itertools.count():
             sent = {self._limit if name == "max_tokens" else name: value for name, value in body.items()}
             try:
@@ -71,37 +76,37 @@ class Client:
                 return answer
             except (AttributeError, LookupError, TypeError, ValueError):
                 if attempt + 1 >= ATTEMPTS or self.stopped.is_set():
-                    said = "answers no completion as OpenAI's API defines it; does the URL lack an ending, /v1?"
-                    raise EndpointError(f"{self.endpoint} {said}") from None
+                    what = "does not answer with a completion of OpenAI's API. Check the URL, which may need /v1."
+                    raise EndpointError(f"{self.endpoint} {what}") from None
             except openai.OpenAIError as error:
                 if "max_tokens" in sent and "max_completion_tokens" in str(error):
                     self._limit = "max_completion_tokens"
                     continue
-                explained = self._explained(error)
-                passes = isinstance(error, passing) and not isinstance(explained, RejectedError)
-                if not passes or attempt >= self.retries or self.stopped.wait(_pause(error, attempt)):
-                    raise explained from None  # the error's request holds the key
+                converted = self._converted(error)
+                can_retry = isinstance(error, temporary) and not isinstance(converted, RejectedError)
+                if not can_retry or attempt >= self.retries or self.stopped.wait(_pause(error, attempt)):
+                    raise converted from None  # the request in `error` contains the key
         raise AssertionError
 
-    def _explained(self, error: Exception) -> EndpointError:
+    def _converted(self, error: Exception) -> EndpointError:
         import openai
 
-        said = " ".join(str(error).split())[:300]
-        if isinstance(error, openai.AuthenticationError):  # what it says may hold the key
-            return RejectedError(f"{self.endpoint} rejects the key; see --api-key-env for where it is read from.")
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, openai.AuthenticationError):  # whose message may contain the key
+            return RejectedError(f"{self.endpoint} rejects the key. Set the variable of --api-key-env to a valid one.")
         if isinstance(error, openai.NotFoundError) or getattr(error, "code", None) == "insufficient_quota":
-            return RejectedError(f"{self.endpoint} rejects the model, the URL or the account: {said}")
+            return RejectedError(f"{self.endpoint} rejects the model, the URL or the account: {text}")
         if isinstance(error, openai.APITimeoutError):
-            return EndpointError(f"No answer of {self.endpoint} within {self.timeout:g} seconds; raise --timeout.")
+            return EndpointError(f"No answer from {self.endpoint} in {self.timeout:g} seconds. Increase --timeout.")
         if isinstance(error, openai.APIConnectionError):
-            return UnreachableError(f"No connection to {self.endpoint}: {error.__cause__ or said}")
-        return EndpointError(f"{self.endpoint} refuses the request: {said}")
+            return UnreachableError(f"No connection to {self.endpoint}: {error.__cause__ or text}")
+        return EndpointError(f"{self.endpoint} rejects the request: {text}")
 
-    def ask_all(self, items: Iterable[Any], ask: Callable[[Any], object], done: int, total: int) -> Counter[str]:
-        """Calls `ask` for every item, some at a time, shows how far it is, and counts why items failed.
+    def send_all(self, items: Iterable[Any], send: Callable[[Any], object], done: int, total: int) -> Counter[str]:
+        """Calls `send` for each item in several threads, shows the progress, and counts failures by reason.
 
-        Ten failures in a row, or one that every other request would share, end the asking. After an interruption or
-        an error of another kind the requests under way come to an end, since they are paid for, and no other starts.
+        Stops after ten consecutive failures, or after one that all other requests would share. After an interruption
+        or another error, running requests are completed, since they are paid for, and no others are started.
         """
         from tqdm import tqdm
 
@@ -112,18 +117,18 @@ class Client:
             nonlocal in_a_row
             if self.stopped.is_set():
                 with lock:
-                    failures[NOT_ASKED] += 1
+                    failures[NOT_SENT] += 1
                 return
             try:
-                ask(item)
+                send(item)
             except EndpointError as error:
                 with lock:
                     failures[str(error)] += 1
                     in_a_row += 1
-                if in_a_row >= GIVE_UP_AFTER or isinstance(error, RejectedError):
+                if in_a_row >= MAX_CONSECUTIVE_FAILURES or isinstance(error, RejectedError):
                     self.stopped.set()
             except BaseException:
-                self.stopped.set()  # an answer could not be kept: no other is to be paid for
+                self.stopped.set()  # the answer could not be written, so do not pay for others
                 raise
             else:
                 with lock:
@@ -141,7 +146,7 @@ class Client:
 
 
 def _pause(error: Exception, attempt: int) -> float:
-    """Seconds: as long as the server asks for, else longer each time and not the same for all threads."""
+    """Seconds before the next attempt: as in the answer's headers, else exponential with random jitter."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         with suppress(KeyError, ValueError):

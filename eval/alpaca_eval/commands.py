@@ -1,4 +1,4 @@
-"""What the commands of `trl-steer alpaca-eval` do. Each takes its parsed arguments and returns an exit status."""
+"""The subcommands of `trl-steer alpaca-eval`. Each takes its parsed arguments and returns the exit status."""
 
 import argparse
 import re
@@ -14,12 +14,12 @@ from .client import Client
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Writes a model's outputs."""
+    """Generates a model's outputs."""
     from .local_model import LocalModel, Sampling
     from .served_model import ServedModel
 
     if arguments.endpoint is not None and arguments.adapter is not None:
-        raise ValueError("--adapter was given with --endpoint; the server has to load the adapter.")
+        raise ValueError("--adapter cannot be used with --endpoint. Load the adapter in the server.")
     client, batch_size, pattern = None, arguments.batch_size, _pattern(arguments)
     if arguments.endpoint is not None:
         client, batch_size = _client(arguments, judges.check_endpoint(arguments.endpoint)), 1
@@ -33,7 +33,7 @@ def generate(arguments: argparse.Namespace) -> int:
         try:
             model = LocalModel(arguments.model, arguments.adapter, *how)
         except OSError as error:
-            raise OSError(f"{arguments.model} cannot be loaded. {error}") from error
+            raise OSError(f"Can't load {arguments.model}. {error}") from error
     settings = {
         "name": arguments.name or arguments.output.resolve().name,
         **model.description,
@@ -50,20 +50,22 @@ def generate(arguments: argparse.Namespace) -> int:
         empty = generation.generate(
             arguments.output, known.rows, chosen, settings["name"], model.answer, batch_size, client
         )
-    print(f"Written: {arguments.output / reference.OUTPUTS} ({len(chosen)} rows{f', {empty} EMPTY' if empty else ''})")
+    print(f"Wrote {arguments.output / reference.OUTPUTS} ({len(chosen)} rows{f', {empty} EMPTY' if empty else ''}).")
     return 0
 
 
 def judge(arguments: argparse.Namespace) -> int:
-    """Judges, and returns 0 if every row has a judgement, else 1."""
+    """Judges outputs. Returns 0 if every row has a judgement, else 1."""
     from huggingface_hub import constants
 
-    # From what is cheap to check to what is not, and before the first paid call all that is needed after the last one.
+    # Cheap checks first, and before the first paid request everything that is needed after the last one.
     file = reference.find_outputs(arguments.outputs)
     settings = dict(arguments.judge_setting)
     chosen = judges.resolve(arguments.judge, arguments.judge_model, arguments.endpoint, settings)
     if chosen.key_variable and arguments.api_key_env and not arguments.endpoint:
-        raise ValueError(f"{arguments.judge} names the variable of its key; pass --endpoint with --api-key-env.")
+        raise ValueError(
+            f"{arguments.judge} has its own api_key_env. Pass --endpoint with --api-key-env to override it."
+        )
     client = _client(arguments, chosen.endpoint, chosen.key_variable)
     known = reference.load(arguments.reference)
     given = reference.read_outputs(file, known)
@@ -72,7 +74,7 @@ def judge(arguments: argparse.Namespace) -> int:
     cache = arguments.cache or Path(constants.HF_ASSETS_CACHE) / "trl_steer" / "alpaca_eval"
     with _locked(folder):
         if not judging.is_about(folder, given):
-            # Should the judge fail now, no report must show what was said of earlier outputs.
+            # If the judge fails now, a report must not show the result of earlier outputs.
             (folder / judging.RESULT).unlink(missing_ok=True)
         judged = judging.ask(
             outputs, known, chosen, client, cache, lambda cost: _confirm(cost, arguments.yes), _pattern(arguments)
@@ -80,10 +82,10 @@ def judge(arguments: argparse.Namespace) -> int:
         result = judging.evaluate(*judged, outputs, known, chosen, folder)
     numbers = (f"{name} {'NaN' if result[name] is None else round(result[name], 2)}" for name in judging.NUMBERS)
     print(f"{result['name']}: {', '.join(numbers)}")
-    print(f"Written: {folder} ({result['n_total']} judgements of {chosen.name}, {chosen.model})")
+    print(f"Wrote {folder} ({result['n_total']} judgements of {chosen.name}, {chosen.model}).")
     warnings = [f"{count} rows failed: {reason}" for reason, count in result["failures"].items()]
     if missing := len(result["missing_rows"]):
-        warnings.append(f"{missing} rows have no judgement and are not counted; the same command asks for them again.")
+        warnings.append(f"{missing} rows without a judgement are not counted. Run the same command again for them.")
     if reasons := "; ".join(result["not_comparable_because"]):
         warnings.append(f"NOT COMPARABLE with the leaderboard: {reasons}.")
     for warning in warnings:
@@ -98,15 +100,15 @@ def report(arguments: argparse.Namespace) -> int:
     found = [row for path in arguments.runs for row in reports.read(path)]
     found += reports.PAPER if arguments.paper else []
     if not found:
-        raise ValueError("Nothing to report: name folders that were judged, or pass --paper.")
+        raise ValueError("Nothing to report. Pass folders with judged outputs, or --paper.")
     table = reports.markdown(found)
     print(table, end="")
     if arguments.output:
         write_text(arguments.output, table)
-        print(f"Written: {arguments.output}")
+        print(f"Wrote the table to {arguments.output}.")
     if arguments.plot:
         reports.plot(found, arguments.plot)
-        print(f"Written: {arguments.plot}")
+        print(f"Wrote the plot to {arguments.plot}.")
     return 0
 
 
@@ -118,7 +120,7 @@ def submit(arguments: argparse.Namespace) -> int:
     file = reference.find_outputs(arguments.outputs or arguments.judged.resolve().parent)
     known = reference.load(arguments.reference, with_gamed=False)
     submission.write(arguments.output, arguments.judged, result, reference.read_outputs(file, known), known)
-    print(f"Written: {arguments.output}")
+    print(f"Wrote the submission to {arguments.output}.")
     return 0
 
 
@@ -140,17 +142,17 @@ def _locked(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RuntimeError(f"Another process writes to {folder}; wait for it, or name another --output.") from None
+        raise RuntimeError(f"Another process is using {folder}. Wait for it, or choose another --output.") from None
 
 
 def _confirm(cost: str, yes: bool) -> None:
-    """Shows what is about to be asked and, without `yes`, asks whether to go on."""
+    """Prints the cost and, without `yes`, asks for confirmation."""
     print(cost, flush=True)
     if not yes and not sys.stdin.isatty():
-        raise RuntimeError("Nothing was asked: pass --yes to go on without being asked first.")
+        raise RuntimeError("Nothing was sent. Pass --yes to confirm the cost.")
     try:
-        answer = "y" if yes else input("Go on? [y/N] ")
+        answer = "y" if yes else input("Continue? [y/N] ")
     except EOFError:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        raise RuntimeError("Nothing was asked.")
+        raise RuntimeError("Nothing was sent.")

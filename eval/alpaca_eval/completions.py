@@ -1,4 +1,4 @@
-"""Asking a judge, so that no answer is lost, no failure counts, and nothing is asked twice."""
+"""Requests to a judge. Every answer is stored, failures are not counted as judgements, and nothing is sent twice."""
 
 import hashlib
 import math
@@ -12,27 +12,27 @@ from .client import ATTEMPTS, Client, EndpointError, RejectedError, UnreachableE
 from .journal import Journal
 from .judges import Judge
 
-# How many rows may fail for what is in them before it counts as the judge's failing.
+# Rows to try before the first failure counts as a failure of the judge rather than of a row.
 PROBES = 3
 CHARACTERS_PER_TOKEN = 4
 
 
 class UnusableAnswerError(EndpointError):
-    """There is an answer, but no judgement in it."""
+    """An answer does not contain a judgement."""
 
 
 class MissingLogprobsError(UnusableAnswerError):
-    """An answer without log-probabilities: this will not be another judge for another row."""
+    """An answer does not have log-probabilities, which is the same for all rows."""
 
 
 class Completions:
-    """Stands in the place of an annotator's `fn_completions`.
+    """Replaces the `fn_completions` of an annotator.
 
     Args:
-        annotator (`SingleAnnotator`): The package's; its parser decides which answers are judgements.
-        judge (`Judge`), client (`Client`), journal (`Journal`): What to send, where, and what was answered before.
-        pattern (`re.Pattern`, *optional*): What is a thought, which the parser does not get to see.
-        confirm (`Callable[[str], None]`): Called with the cost before the first request; raises to prevent it.
+        annotator (`SingleAnnotator`): The package's annotator, whose parser extracts judgements from answers.
+        judge (`Judge`), client (`Client`), journal (`Journal`): The judge, its endpoint, and its earlier answers.
+        pattern (`re.Pattern`, *optional*): Pattern of thoughts, which are removed from answers.
+        confirm (`Callable[[str], None]`): Called with the cost before the first request. Raises to prevent requests.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class Completions:
                 continue
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, list[Any]]:
-        """The answers to all prompts, as the package's decoders give them; None where there is none."""
+        """The answers to all prompts in the format of the package's decoders, `None` for missing ones."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if _key(prompt) not in self._answers]
         if missing:
             self._confirm(self._cost(missing, len(prompts)))
             self._probe(missing)
             pending = [prompt for prompt in missing if _key(prompt) not in self._answers]
-            self.failures = self._client.ask_all(pending, self._ask, len(prompts) - len(pending), len(prompts))
+            self.failures = self._client.send_all(pending, self._ask, len(prompts) - len(pending), len(prompts))
         rows = [self._answers.get(_key(prompt), {}) for prompt in prompts]
         prices = [row.get("price", math.nan) for row in rows]
         return {self._column: [row.get(self._column) for row in rows], "price_per_example": prices}
 
     def preferences(self, completion: Any) -> list[Any]:
-        """The parser's values. Some give 0 for a draw, over which the package fails where it switched the outputs."""
+        """The parser's values. Some return 0 for a draw, which the package cannot handle if it swaps outputs."""
         return [1.5 if value == 0 and value is not False else value for value in self._parser(completion)]
 
     def _cost(self, missing: list[str], total: int) -> str:
@@ -79,12 +79,12 @@ class Completions:
         answer = settings.get("max_completion_tokens") or settings["max_tokens"]
         tokens = sum(len(prompt) // CHARACTERS_PER_TOKEN + answer for prompt in missing)
         dollars = "an unknown price" if math.isnan(self._price) else f"about {tokens * self._price:.2f} dollars"
-        where = f"{len(missing)} calls of {self._judge.model} at {self._judge.endpoint}"
-        return f"{where}, about {tokens} tokens, {dollars}; {total - len(missing)} judgements are there already."
+        where = f"{len(missing)} requests to {self._judge.model} at {self._judge.endpoint}"
+        return f"{where}, about {tokens} tokens, {dollars}. {total - len(missing)} judgements are already available."
 
     def _probe(self, prompts: list[str]) -> None:
-        """One call before all others; where it fails for what is in its row, one for another row."""
-        # A judge that has answered before is not tried: if it is at fault now, ten failures in a row end the asking.
+        """Sends a single request before all others. If it fails because of its row, tries other rows."""
+        # Not for a judge that has answered before: if it fails now, requests stop after ten consecutive failures.
         tried = [] if self._answers else prompts[:PROBES]
         for prompt in tried:
             try:
@@ -93,10 +93,10 @@ class Completions:
             except EndpointError as error:
                 everywhere = isinstance(error, RejectedError | UnreachableError | MissingLogprobsError)
                 if everywhere or prompt == tried[-1]:
-                    raise EndpointError(f"{self._judge.name} gave no first judgement. {error}") from None
+                    raise EndpointError(f"The first request to {self._judge.name} failed. {error}") from None
 
     def _ask(self, prompt: str) -> None:
-        """Asks until the prompt has a judgement, and writes down every answer."""
+        """Sends requests until there is a judgement, and stores every answer."""
         body, key = self._judge.request(prompt), _key(prompt)
         for attempt in range(1, ATTEMPTS + 1):
             answer = self._client.complete(body)
@@ -110,29 +110,29 @@ class Completions:
                     raise
 
     def _keep(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keeps what the parser needs of an answer. Raises `UnusableAnswerError` if there is no judgement in it."""
+        """Keeps the fields of an answer for the parser. Raises `UnusableAnswerError` if it has no judgement."""
         choice = answer["choices"][0]
         text = thoughts.content(choice)
         if text is None:
-            way_out = "Give the judge more tokens by --judge-setting max_tokens=N, or choose another."
-            raise UnusableAnswerError(f"{thoughts.why_empty(choice)} {way_out}")
+            advice = "Allow more tokens with --judge-setting max_tokens=N, or choose another judge."
+            raise UnusableAnswerError(f"{thoughts.why_empty(choice)} {advice}")
         text = thoughts.split(text, self._pattern).text if self._pattern else text
         found: dict[str, Any] = {"completions": text, "completions_all": {**choice, "text": text}}
         try:
             found["price"] = ((answer.get("usage") or {}).get("total_tokens") or 0) * self._price
             values = self.preferences(found[self._column])
-        except Exception:  # whatever the parser stumbles over
+        except Exception:  # parsers may raise any exception
             values = []
         numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
         if len(values) == self._batch_size == sum(1 <= number <= 2 for number in numbers):
             self._answers[key] = found
         elif self._column == "completions_all" and not _has_logprobs(choice):
             raise MissingLogprobsError(
-                "The answer has no log-probabilities, which this judge needs; choose a server that gives them, or "
-                "a judge that answers in words, alpaca_eval_gpt4_turbo_fn for example."
+                "The answer has no log-probabilities, which this judge needs. Use a server that returns them, or a "
+                "judge that does not need them, such as alpaca_eval_gpt4_turbo_fn."
             )
         else:
-            raise UnusableAnswerError(f"The answer names no winner: {text[:80]!r}.")
+            raise UnusableAnswerError(f"The answer has no judgement: {text[:80]!r}.")
 
 
 def _has_logprobs(choice: Mapping[str, Any]) -> bool:

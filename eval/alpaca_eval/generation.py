@@ -1,4 +1,4 @@
-"""Writing a model's outputs, batch by batch on the disk, and together in canonical order when all are there."""
+"""Generates a model's outputs. Each batch is stored when it is finished, and the outputs are written at the end."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +17,14 @@ PROGRESS = "progress.jsonl"
 
 
 def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes down how the outputs in `folder` come about. Raises `ValueError` if it holds others."""
-    # Settings that gave no output may be corrected.
+    """Stores the settings of the outputs in `folder`. Raises `ValueError` if it has outputs with other settings."""
+    # Settings may change as long as there are no outputs.
     before = read_json(folder / SETTINGS) if Journal(folder / PROGRESS).read() else dict(settings)
     names = dict.fromkeys([*before, *settings])
     pairs = {name: (before.get(name), settings.get(name)) for name in names}
     changed = [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
     if changed:
-        raise ValueError(f"{folder} holds outputs of other settings ({'; '.join(changed)}). Name another --output.")
+        raise ValueError(f"{folder} has outputs with other settings ({'; '.join(changed)}). Choose another --output.")
     write_json(folder / SETTINGS, dict(settings))
 
 
@@ -37,24 +37,24 @@ def generate(
     batch_size: int = 1,
     client: Client | None = None,
 ) -> int:
-    """Asks for what is not there yet, and writes `model_outputs.json` once every row has an output.
+    """Generates the missing outputs, and writes `model_outputs.json` when all rows have one.
 
     Args:
-        folder (`Path`): Holds, after each batch, all that is finished; thoughts only in its journal.
-        rows (`Sequence[int]`): Which of the reference set to answer.
-        answer (`Callable`): Gives the outputs for a batch of instructions.
-        client (`Client`, *optional*): Of a served model, where a row that fails does not end the others.
+        folder (`Path`): The output folder. Finished batches, including thoughts, are stored in its journal.
+        rows (`Sequence[int]`): Indices in the reference set.
+        answer (`Callable`): Returns the outputs for a batch of instructions.
+        client (`Client`, *optional*): For a served model, where other rows continue if one fails.
 
-    Returns the number of empty outputs. Raises `RuntimeError` if rows are left without one; what is finished stays.
+    Returns the number of empty outputs. Raises `RuntimeError` if outputs are missing; finished ones are kept.
     """
     from tqdm import tqdm
 
     journal = Journal(folder / PROGRESS)
-    # One record for a batch: the rest of one would be answered with other neighbours, and differently.
+    # One record per batch, because the outputs of a row depend on the other rows of its batch.
     done = {each["row"]: each["output"] for record in journal.read() for each in record["outputs"]}
-    # Rows of about equal length together, the longest first, so that a lack of memory shows itself at once.
+    # By length, the longest first, so that running out of memory happens at once.
     ordered = sorted(rows, key=lambda row: (-len(reference_rows[row]["instruction"]), row))
-    # Batches do not depend on what is finished, except that finished rows are left out of them.
+    # Batches do not depend on which rows are finished, except that these are left out.
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     pending = [left for batch in batches if (left := [row for row in batch if row not in done])]
     before = len(rows) - sum(map(len, pending))
@@ -68,18 +68,18 @@ def generate(
         return len(batch)
 
     if client is not None:
-        failures = client.ask_all(pending, work, before, len(rows))
+        failures = client.send_all(pending, work, before, len(rows))
         if failures:
             reasons = "; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(2))
             raise RuntimeError(
-                f"{sum(row not in done for row in rows)} of {len(rows)} rows have no output ({reasons}). The same "
-                "command asks for them, and for nothing else, again."
+                f"{sum(row not in done for row in rows)} of {len(rows)} rows have no output ({reasons}). Run the same "
+                "command again to generate them."
             )
     else:
         with tqdm(total=len(rows), initial=before, unit="row", disable=None) as bar:
             for batch in pending:
                 bar.update(work(batch))
     outputs = [{**reference_rows[row], "output": done[row], "generator": name} for row in sorted(rows)]
-    # In ASCII, which carries whatever the model wrote, half of a surrogate pair for example.
+    # In ASCII, because outputs may contain unpaired surrogates.
     write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
     return sum(not done[row] for row in rows)

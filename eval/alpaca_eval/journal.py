@@ -1,7 +1,7 @@
-"""What has been paid for or computed, one JSON object a line, on the disk before anything else happens.
+"""A JSON Lines file of answers that have been paid for or computed, each of them written to disk at once.
 
-A file that is written anew after every chunk, as the cache of `alpaca-eval` is, loses the chunk that was under way
-and, if the process is killed while it writes, everything. A line that was cut off costs only itself.
+Unlike the cache of `alpaca-eval`, which is rewritten after every chunk, it loses at most the last record if the
+process is killed.
 """
 
 import errno
@@ -14,31 +14,31 @@ from typing import Any
 
 
 class Journal:
-    """An append-only file of records; it is made with the first one. Several threads and processes may append."""
+    """An append-only file of records, created with the first one. Several threads and processes may append."""
 
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records, in the order of their appending."""
+        """All complete records, in order."""
         records = []
         for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else []:
             try:
                 records.append(json.loads(line))
             except ValueError:
-                continue  # an empty line, or one that a killed process left unfinished
+                continue  # an empty line, or an incomplete one of a killed process
         return [record for record in records if isinstance(record, dict)]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes a record, which is on the disk when this returns; raises `OSError` if it cannot be."""
+        """Appends a record and flushes it to disk. Raises `OSError` if this fails."""
         line = json.dumps(record).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("ab+", buffering=0) as file:
-            # Behind an unfinished line, start a new one.
+            # Start a new line after an incomplete one.
             if size := file.seek(0, os.SEEK_END):
                 file.seek(size - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line
-            if file.write(line) != len(line):  # an unbuffered file says so instead of raising
+            if file.write(line) != len(line):  # an unbuffered file does not raise an error
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(file.fileno())

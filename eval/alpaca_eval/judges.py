@@ -1,4 +1,4 @@
-"""Which judge: one that the package ships, or a YAML file; which model and endpoint answer for it."""
+"""Judges: those of the package `alpaca-eval` and those in YAML files, with their models and endpoints."""
 
 import hashlib
 import json
@@ -16,22 +16,22 @@ LEADERBOARD = "weighted_alpaca_eval_gpt4_turbo"
 OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 CONFIG = "configs.yaml"
-# What a judge's requests may hold. It is sent and written to result files, so that a key has no place in it.
+# Allowed settings of requests. They are sent and written to result files, so that a key must not be among them.
 REQUEST = (
     *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs"),
     *("frequency_penalty", "presence_penalty", "tools", "tool_choice", "functions", "function_call"),
     *("response_format", "reasoning_effort", "chat_template_kwargs"),
 )
-# Read here, or of no use but to the package itself.
+# Other settings in the package's files.
 _OTHERS = ("model_name", "client_kwargs", "price_per_token", "requires_chatml", "num_procs", "batch_size")
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge and what answers for it.
+    """A judge, its model and its endpoint.
 
-    `config` is its annotator in the package's form, with the text of its prompt and without an endpoint;
-    `key_variable`, the environment variable that its file names; `shipped`, whether it is the package's, unchanged.
+    `config` is its configuration in the package's format, with the text of its prompt and without an endpoint;
+    `key_variable` the `api_key_env` in its file; `shipped` whether it is an unchanged judge of the package.
     """
 
     name: str
@@ -43,29 +43,29 @@ class Judge:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of its requests, with the package's defaults."""
+        """Settings of its requests, including the package's defaults."""
         chosen = {name: value for name, value in self.config["completions_kwargs"].items() if name in REQUEST}
         limit = {} if "max_completion_tokens" in chosen else {"max_tokens": 2048}
         return {**limit, "temperature": 0.7, **chosen}
 
     @property
     def label(self) -> str:
-        """A name for folders, which tells judges with another model apart."""
+        """A name for folders, which includes the model if it is not the judge's own."""
         return self.name if self.shipped else re.sub(r"[^\w.-]+", "_", f"{self.name}--{self.model}")
 
     def folder(self, cache: Path) -> Path:
-        """Its own place in the cache: another one for whatever can change an answer."""
+        """Its folder in the cache, which depends on everything that can change an answer."""
         identity = json.dumps([self.config, self.model, self.endpoint], sort_keys=True, default=str)
         return cache / f"{self.label}--{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     def describe(self) -> dict[str, Any]:
-        """For result files."""
+        """A description for result files."""
         described = {"name": self.name, "model": self.model, "settings": self.settings, "endpoint": self.endpoint}
         prompt = hashlib.sha256(self.config["prompt_template"].encode()).hexdigest()
         return {**described, "prompt_sha256": prompt, "shipped": self.shipped}
 
     def request(self, prompt: str) -> dict[str, Any]:
-        """The body of the request for a prompt: what the package would send. Without ChatML it is a user's message."""
+        """The body of the request for a prompt, as in the package. A prompt without ChatML is a user message."""
         messages = [{"role": "user", "content": prompt.strip()}]
         if prompt.strip().startswith("<|im_start|>"):
             messages = upstream.load().utils.prompt_to_chatml(prompt)
@@ -75,23 +75,23 @@ class Judge:
 def resolve(
     judge: str, model: str | None = None, endpoint: str | None = None, settings: Mapping[str, Any] | None = None
 ) -> Judge:
-    """Finds a judge by its name in the package, or by the path of a YAML file in the form of its `configs.yaml`.
+    """Finds a judge by its name in the package, or by the path of a YAML file in the format of its `configs.yaml`.
 
     Args:
-        judge (`str`): Which one. The prompt of a file is a file beside it, or one of the package's.
-        model (`str`, *optional*), settings (`Mapping`, *optional*): Take the place of the judge's own.
-        endpoint (`str`, *optional*): Base URL. Otherwise the judge's own, if that names the variable with its key too,
-            else that of `OPENAI_BASE_URL`, else OpenAI's.
+        judge (`str`): Name or path. The prompt of a file is another file in its folder, or one of the package.
+        model (`str`, *optional*), settings (`Mapping`, *optional*): Override those of the judge.
+        endpoint (`str`, *optional*): Base URL. Default: that of the judge, if it also has `api_key_env`, else
+            `OPENAI_BASE_URL`, else OpenAI's.
 
     Raises:
-        ValueError: if it does not exist, is not well formed, or would send a key where the user did not say.
+        ValueError: It does not exist, is invalid, or would send the user's key to its own endpoint.
     """
     evaluators, settings = upstream.folder() / "evaluators_configs", settings or {}
     names = sorted(config.parent.name for config in evaluators.glob(f"*/{CONFIG}"))
     shipped = judge in names
     path = evaluators / judge / CONFIG if shipped else Path(judge).expanduser()
     if not path.is_file():
-        raise ValueError(f"There is no judge {judge!r}. Give the path of a YAML file, or one of: {', '.join(names)}.")
+        raise ValueError(f"There is no judge {judge!r}. Pass the path of a YAML file, or one of: {', '.join(names)}.")
     name, config = _read(path)
     own = dict(config["completions_kwargs"])
     client = own.pop("client_kwargs", {})
@@ -99,7 +99,7 @@ def resolve(
     if unknown:
         raise ValueError(
             f"{', '.join(sorted(map(str, unknown)))} cannot be set for {name}; expected {' '.join(REQUEST)}. "
-            "A key belongs in an environment variable, which api_key_env in client_kwargs can name."
+            "Put a key in an environment variable, and its name in api_key_env of client_kwargs."
         )
     where, variable = _endpoint(path, endpoint, client)
     prompt = _prompt(path, config.get("prompt_template"), evaluators)
@@ -116,61 +116,63 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         own = annotator["completions_kwargs"]
         if not isinstance(own["model_name"], str) or not isinstance(own.get("client_kwargs", {}), dict):
             raise TypeError
-    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError):  # which may quote a key
+    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError):  # whose message may contain a key
         raise ValueError(
-            f"{path} should be YAML that maps one judge's name to its settings, with a model_name in "
-            f"completions_kwargs, as the package's {CONFIG} files do."
+            f"{path} must be YAML with the name of one judge and its settings, including model_name in "
+            f"completions_kwargs, as in the package's {CONFIG} files."
         ) from None
     if annotator.get("fn_completions", "openai_completions") != "openai_completions":
-        raise ValueError(f"{path} asks by {annotator['fn_completions']}; expected openai_completions.")
+        raise ValueError(f"{path} has fn_completions {annotator['fn_completions']}; expected openai_completions.")
     return str(name), annotator
 
 
 def _prompt(path: Path, given: Any, evaluators: Path) -> str:
-    # The package would take any file of the machine for a prompt, and a path that does not exist for its text.
-    beside, shipped = (path.parent / str(given)).resolve(), (evaluators / str(given)).resolve()
-    if beside.is_file() and beside.parent == path.parent.resolve():
-        return beside.read_text(encoding="utf-8")
+    # The package would read any local file, and would use a path that does not exist as the prompt.
+    local, shipped = (path.parent / str(given)).resolve(), (evaluators / str(given)).resolve()
+    if local.is_file() and local.parent == path.parent.resolve():
+        return local.read_text(encoding="utf-8")
     if shipped.is_file() and shipped.is_relative_to(evaluators.resolve()):
         return shipped.read_text(encoding="utf-8")
-    raise ValueError(f"{path}: the prompt_template {given!r} is no file beside it and none of the package's.")
+    raise ValueError(f"{path}: the prompt_template {given!r} is neither a file next to it nor one of the package.")
 
 
 def _endpoint(path: Path, given: str | None, client: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The endpoint, and the variable with its key where the YAML file names one."""
+    """The endpoint, and the `api_key_env` in the YAML file."""
     own, variable = client.get("base_url"), client.get("api_key_env")
     if given is not None or own is None:
         return check_endpoint(given or os.environ.get("OPENAI_BASE_URL") or OPENAI), variable
     where = check_endpoint(str(own))
     if not isinstance(variable, str) or variable == KEY_VARIABLE:
         raise ValueError(
-            f"{path} asks at {where}. Pass --endpoint {where} if your key may go there, or name the variable of "
-            "another by api_key_env beside base_url."
+            f"{path} sends requests to {where}. Pass --endpoint {where} if your key may be sent there, or set "
+            "api_key_env next to base_url for another key."
         )
     return where, variable
 
 
 def check_endpoint(endpoint: str) -> str:
-    """The endpoint without a slash at its end. Raises `ValueError` if it is no URL, or could hold a secret."""
+    """The endpoint without a trailing slash. Raises `ValueError` if it is not a URL, or may contain a secret."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search("[@;?#]", endpoint):
         raise ValueError(
-            "The endpoint is no URL like http://localhost:8000/v1, without credentials, a query or a fragment."
+            "The endpoint must be a URL like http://localhost:8000/v1, without credentials, a query or a fragment."
         )
     return endpoint.rstrip("/")
 
 
 def read_key(endpoint: str, named: str | None, own: str | None = None) -> str | None:
-    """The key in an environment variable: the one that is named, else the judge's own, else `OPENAI_API_KEY`.
+    """The key in an environment variable: `named`, else that of the judge, else `OPENAI_API_KEY`.
 
-    Raises `ValueError` if there is none where one was named or OpenAI wants one, or no header can carry it.
+    Raises `ValueError` if a required key is missing, or a key is not valid in an HTTP header.
     """
     variable = named or own or KEY_VARIABLE
-    if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # by mistake it may be the key itself
-        raise ValueError(f"--api-key-env wants the name of an environment variable, such as {KEY_VARIABLE}.")
+    if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # may be the key itself, so do not show it
+        raise ValueError(f"--api-key-env must be the name of an environment variable, such as {KEY_VARIABLE}.")
     key = os.environ.get(variable, "").strip()
     if not key and (named is not None or endpoint == OPENAI):
-        raise ValueError(f"The environment variable {variable} is empty; put the key for {endpoint} into it.")
+        raise ValueError(f"The environment variable {variable} is empty. Set it to the key for {endpoint}.")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"The key in {variable} has a character that no HTTP header can carry.")
+        raise ValueError(
+            f"The key in {variable} has a character that is not allowed in an HTTP header. Check the key."
+        )
     return key or None

@@ -1,4 +1,4 @@
-"""A judge's verdict on a model: judgements and metrics by the package, and a file that says what they are worth."""
+"""Judges outputs and computes metrics with the package `alpaca-eval`, and writes the result."""
 
 import math
 import re
@@ -31,11 +31,11 @@ def ask(
     confirm: Callable[[str], None],
     pattern: re.Pattern[str] | None = None,
 ) -> tuple[Any, dict[str, int]]:
-    """Has the package annotate the outputs, with every answer of the judge written down as it comes in.
+    """Runs the package's annotator on the outputs, and stores every answer of the judge.
 
-    Returns a data frame of judgements, indexed by canonical row, and why rows have none. For arguments see
-    [`Completions`]; each judge has a folder of its own in `cache`. Raises `ValueError` for settings
-    of which the package cannot make a judge, and `EndpointError` if the first call fails.
+    Returns a data frame of judgements, indexed by reference row, and counts of failures by reason. See [`Completions`]
+    for the arguments; `cache` has a folder for each judge. Raises `ValueError` if the package does not accept the
+    judge's settings, and `EndpointError` if the first request fails.
     """
     import pandas
 
@@ -45,20 +45,20 @@ def ask(
         annotator = _annotator(judge)
         (single,) = annotator.annotators.values()
         journal = Journal(judge.folder(cache) / ANSWERS)
-        single.fn_completions = stand_in = Completions(single, judge, client, journal, pattern, confirm)
-        single.fn_completion_parser, single.completions_kwargs = stand_in.preferences, {}
+        single.fn_completions = completions = Completions(single, judge, client, journal, pattern, confirm)
+        single.fn_completion_parser, single.completions_kwargs = completions.preferences, {}
         rows, texts = list(outputs.by_row), list(outputs.by_row.values())
         theirs = pandas.DataFrame([reference.rows[row] for row in rows])
         ours = theirs.assign(output=texts, generator=outputs.generator, row=rows)
         annotated = annotator.annotate_head2head(theirs, ours, is_ordered=True, chunksize=None)
-    return pandas.DataFrame(annotated).set_index("row").rename_axis(None), dict(stand_in.failures)
+    return pandas.DataFrame(annotated).set_index("row").rename_axis(None), dict(completions.failures)
 
 
 def _annotator(judge: Judge) -> Any:
     import yaml
 
     with tempfile.TemporaryDirectory() as scratch:
-        # The package wants the path of a prompt relative to the folder above that of the configuration.
+        # The package expects the path of a prompt to be relative to the parent of the configuration's folder.
         folder = Path(scratch) / judge.label
         config = {**judge.config, "prompt_template": f"{folder.name}/prompt.txt"}
         write_text(folder / "prompt.txt", judge.config["prompt_template"])
@@ -71,11 +71,11 @@ def _annotator(judge: Judge) -> Any:
                 is_store_missing_annotations=False,
             )
         except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"The package alpaca-eval makes no judge of {judge.name}'s settings: {error}") from error
+            raise ValueError(f"The package alpaca-eval rejects the settings of {judge.name}: {error}") from error
 
 
 def is_about(folder: Path, outputs: Outputs) -> bool:
-    """Whether the judgements in `folder` are of these outputs, or of some of them."""
+    """Whether all judgements in `folder` are of these outputs."""
     if not (folder / ANNOTATIONS).is_file():
         return False
     return all(outputs.by_row.get(each["row"]) == each["output_2"] for each in read_json(folder / ANNOTATIONS))
@@ -84,12 +84,12 @@ def is_about(folder: Path, outputs: Outputs) -> bool:
 def evaluate(
     annotations: Any, failures: dict[str, int], outputs: Outputs, reference: Reference, judge: Judge, folder: Path
 ) -> dict[str, Any]:
-    """Writes what [`ask`] returned, coefficients and the result file into `folder`; returns the result."""
+    """Writes the judgements of [`ask`], the coefficients and the result to `folder`. Returns the result."""
     finished = annotations[annotations["preference"].notna()].astype({"preference": float})
-    # With fewer digits, which is what pandas writes by default, the metrics could not be computed again from the file.
+    # With the fewer digits of pandas' default, the metrics could not be reproduced from the file.
     records = finished.reset_index(names="row").to_json(orient="records", indent=2, double_precision=15)
     write_text(folder / ANNOTATIONS, records)
-    # The package adds to the tables that it finds, which may be of another name or of another number of rows.
+    # The package appends to existing tables, which may be for another name or number of rows.
     shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
     missing = sorted(set(outputs.by_row) - set(finished.index))
     result = {
@@ -112,25 +112,25 @@ def evaluate(
 
 
 def metrics(annotations: Any, reference: Reference, weights: Path) -> dict[str, Any]:
-    """The package's numbers for judgements indexed by canonical row, None for NaN; `weights` is for coefficients."""
+    """The package's metrics by reference row, in percent, `None` for NaN. Writes coefficients to `weights`."""
     package = upstream.load().metrics
-    ordered = annotations.sort_index()  # folds of the cross-validation depend on the order
+    ordered = annotations.sort_index()  # the folds of the cross-validation depend on the order
     with upstream.quiet(), local_table(reference.gamed):
         try:
             found = package.get_length_controlled_winrate(
                 ordered, save_weights_dir=weights, is_add_glm_preference_inplace=False
             )
-        except (ValueError, ArithmeticError, LookupError):  # too few rows, or all alike
+        except (ValueError, ArithmeticError, LookupError):  # too few rows, or all with the same preference
             found = {**dict.fromkeys(NUMBERS, math.nan), **package.get_winrate(ordered)}
     numbers = {name: None if math.isnan(value) else float(value) for name, value in found.items()}
     counts = {name: int(value) for name, value in found.items() if name.startswith("n_")}
-    # As the package counts it: over the model's outputs, in characters, rounded down.
+    # As in the package: the mean over the model's outputs, in characters, rounded down.
     return {**numbers, **counts, "avg_length": int(ordered["output_2"].str.len().mean())}
 
 
 @contextmanager
 def local_table(gamed: Path | None) -> Iterator[None]:
-    """The package downloads the table, at no fixed revision, each time it computes metrics; it gets ours instead."""
+    """Context manager in which the package reads our table. Otherwise it would download it, at no fixed revision."""
     glm = upstream.load().metrics.glm_winrate
     theirs = glm.hf_hub_download
     glm.hf_hub_download = lambda **_: str(gamed)
@@ -141,15 +141,15 @@ def local_table(gamed: Path | None) -> Iterator[None]:
 
 
 def not_comparable(result: dict[str, Any]) -> list[str]:
-    """Why a result cannot be held against the leaderboard; empty if it can."""
+    """Reasons why a result is not comparable with the leaderboard. Empty if it is."""
     judge = result["judge"]
     reasons = {
         f"{result['n_total']} of {COUNT} instructions have a judgement": result["n_total"] != COUNT,
-        **{f"{name} is no number": result[name] is None for name in NUMBERS},
+        **{f"{name} is NaN": result[name] is None for name in NUMBERS},
         f"the judge is {judge['name']} ({judge['model']}), not {LEADERBOARD} as shipped": judge["name"] != LEADERBOARD
         or not judge["shipped"],
-        f"the judge was asked at {judge['endpoint']}, not at {OPENAI}": judge["endpoint"] != OPENAI,
-        "the model is named like the baseline, whose numbers it then gets": result["name"] == result["baseline"],
-        "the reference files are copies, not those of the Hub": result["reference"]["revision"] is None,
+        f"the endpoint of the judge is {judge['endpoint']}, not {OPENAI}": judge["endpoint"] != OPENAI,
+        "the model has the name of the baseline, whose numbers it then gets": result["name"] == result["baseline"],
+        "the reference files are copies, not downloaded": result["reference"]["revision"] is None,
     }
     return [reason for reason, holds in reasons.items() if holds]

@@ -1,4 +1,4 @@
-"""Answers of a model on this machine."""
+"""Answers of a local model."""
 
 import hashlib
 import re
@@ -13,9 +13,9 @@ from . import thoughts
 from .thoughts import Output
 
 AUTO, CHAT, ALPACA = "auto", "chat", "alpaca"
-# Stands for the instruction where a prompt is shown.
+# Placeholder for the instruction in the description of a prompt.
 PLACE = "{instruction}"
-# What decides a model's outputs in its folder.
+# The files of a model that determine its outputs.
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 
 
@@ -29,7 +29,7 @@ def messages(instruction: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to write. Greedy at temperature 0."""
+    """Options of generation. Temperature 0 is greedy."""
 
     max_new_tokens: int = 2048
     temperature: float = 0.0
@@ -38,25 +38,25 @@ class Sampling:
 
 
 def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[Any, Any, dict[str, Any]]:
-    """Loads a model as `AutoPeftModelForCausalLM` does: with the tokenizer in the adapter's folder, where there is
-    one, and as many embeddings as that needs.
+    """Loads a model as `AutoPeftModelForCausalLM` does: with the tokenizer in the adapter's folder, if there is one,
+    and with embeddings resized to it.
 
-    Returns the model, its tokenizer, and what was loaded: `model`, `adapter` and the numbers of `parameters` of each.
-    Raises `ValueError` or `OSError` if there are two adapters, one that names no base model, or no model.
+    Returns the model, its tokenizer, and a description with `model`, `adapter` and the number of `parameters` of each.
+    Raises `ValueError` or `OSError` if there is no model, or two adapters, or an adapter without a base model.
     """
     from peft import PeftConfig, PeftModel
     from transformers.utils import find_adapter_config_file
 
     if Path(model).is_dir() and not any(Path(model).glob("*config.json")):
         raise FileNotFoundError(
-            f"{model} has neither config.json nor adapter_config.json; expected a checkpoint or an adapter folder, "
-            "the output_dir of a finished training for example."
+            f"{model} has neither config.json nor adapter_config.json. Pass the folder of a checkpoint or an adapter, "
+            "such as the output_dir of a training run."
         )
     revision = "main"
     if find_adapter_config_file(model) is not None:
         config = PeftConfig.from_pretrained(model)
         if adapter is not None or not config.base_model_name_or_path:
-            raise ValueError(f"{model} is an adapter; name its base model by --model and one adapter by --adapter.")
+            raise ValueError(f"{model} is an adapter. Pass its base model as --model and a single --adapter.")
         model, adapter, revision = config.base_model_name_or_path, model, config.revision or revision
     loaded, tokenizer = load_base(model, adapter, dtype=dtype, revision=revision)
     tokenizer.padding_side = "left"
@@ -69,13 +69,13 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[A
 
 
 class LocalModel:
-    """A checkpoint, an adapter on top, or a folder that a TRL script wrote.
+    """A checkpoint, with or without an adapter.
 
     Args:
         model (`str`), adapter (`str`, *optional*), dtype (`str`): See [`load`].
-        prompt (`str`): `chat`, `alpaca`, or `auto`, which is chat where the tokenizer has a template.
-        sampling (`Sampling`), pattern (`re.Pattern`, *optional*): How to write, and what is a thought.
-        device (`str`, *optional*): By default the accelerator, if there is one.
+        prompt (`str`): `chat`, `alpaca`, or `auto`, which is chat if the tokenizer has a chat template.
+        sampling (`Sampling`), pattern (`re.Pattern`, *optional*): Options of generation, and the pattern of thoughts.
+        device (`str`, *optional*): Default: the accelerator, if there is one, else the CPU.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class LocalModel:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if prompt == CHAT and not self.tokenizer.chat_template:
-            raise ValueError("--prompt chat was given, but the tokenizer has no chat template; use --prompt alpaca.")
+            raise ValueError("--prompt chat needs a tokenizer with a chat template. Use --prompt alpaca.")
         self._is_chat = prompt != ALPACA and bool(self.tokenizer.chat_template)
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.model = loaded.to(device or found or "cpu").eval()
-        # The tokens that begin and end a text are the model's; how it writes is for `sampling` alone to say, and what
-        # that leaves open `generate` would take from the model: a repetition penalty, a number of beams.
+        # Only the special tokens are those of the model's generation config. Its other options, such as a repetition
+        # penalty, must not change the outputs.
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         self.model.generation_config = GenerationConfig(
             bos_token_id=loaded.generation_config.bos_token_id,
@@ -110,7 +110,7 @@ class LocalModel:
             max_new_tokens=sampling.max_new_tokens,
             **(drawn if sampling.temperature > 0 else {}),
         )
-        # A template may have opened a thought already.
+        # The chat template may end in the opening tag of a thought.
         self._opened = thoughts.OPENING if self.text(PLACE).rstrip().endswith(thoughts.OPENING) else ""
         self.description |= {
             "weights": _fingerprint(self.description["model"], adapter or model, loaded.config),
@@ -125,13 +125,13 @@ class LocalModel:
         return self.tokenizer.apply_chat_template(messages(instruction), add_generation_prompt=True, tokenize=False)
 
     def answer(self, instructions: list[str]) -> list[Output]:
-        """What the model writes for each instruction; for one seed and one batch always the same."""
+        """The output for each instruction, which only depends on the seed and the batch."""
         import torch
 
         texts = [self.text(instruction) for instruction in instructions]
-        # A chat template writes the tokens that begin a text itself.
+        # The chat template already adds the special tokens.
         batch = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not self._is_chat)
-        # Seeded by what is in the batch, so that a run that was cut off draws the same numbers when it goes on.
+        # The seed depends on the batch only, so that a run that is continued gives the same outputs.
         identity = "\0".join([str(self._seed), *instructions])
         torch.manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) >> 1)
         with torch.no_grad():
@@ -139,7 +139,7 @@ class LocalModel:
         return [self._read(ids) for ids in tokens[:, batch["input_ids"].shape[1] :]]
 
     def _read(self, ids: Any) -> Output:
-        # Tags of thoughts are special tokens in some models.
+        # Including special tokens, because the tags of thoughts are special tokens in some models.
         answer, thought = thoughts.split(self._opened + self.tokenizer.decode(ids), self._pattern)
         if not thought:
             return Output(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
@@ -149,8 +149,8 @@ class LocalModel:
 
 
 def _fingerprint(model: str, adapter: str, config: Any) -> str:
-    """Tells apart what was loaded from the same place at another time, after a new training for example."""
+    """A hash that changes if the files of the model or the adapter change."""
     files = sorted(file for source in {model, adapter} for name in _WEIGHTS for file in Path(source).glob(name))
     state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    commit = str(getattr(config, "_commit_hash", None))  # of what came from the Hub
+    commit = str(getattr(config, "_commit_hash", None))  # for a model from the Hub
     return hashlib.sha256("\n".join([commit, *state]).encode()).hexdigest()[:16]

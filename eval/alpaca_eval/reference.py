@@ -1,7 +1,7 @@
-"""The 805 instructions with the outputs they are compared to, the table that length control needs, a model's outputs.
+"""The reference set (805 instructions and outputs), the table for length control, and the outputs of a model.
 
-The first two are plain files of the Hub dataset repository, read at one revision. (Its dataset *script*, which
-`alpaca-eval` loads by default, is no longer run by `datasets`; and it fetches the table after the last paid call.)
+The first two are files in a dataset repository on the Hub, at a fixed revision. (`alpaca-eval` itself uses the
+repository's dataset script, which `datasets` no longer supports, and downloads the table after the last paid request.)
 """
 
 import hashlib
@@ -24,9 +24,9 @@ GAMED_COLUMNS = ("index", "instruction_difficulty", "std_delta_len", "preference
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference set. A row's place in `rows` is its canonical index; `gamed` is the table for length control.
+    """The reference set: `rows`, whose indices identify them, and `gamed`, the table for length control.
 
-    `verified` says whether the files are those of the Hub at the pinned revision, and not copies.
+    `verified` is whether the files were downloaded at the fixed revision.
     """
 
     rows: list[dict[str, str]]
@@ -39,18 +39,18 @@ class Reference:
 
 
 def load(folder: Path | None = None, with_gamed: bool = True) -> Reference:
-    """Reads the reference set from the Hub, or from a folder with copies of its files.
+    """Loads the reference set from the Hub, or from a folder with copies of the files.
 
-    Raises `ValueError` if a file is missing, or lacks rows or columns.
+    Raises `ValueError` if a file is missing, or rows or columns are.
     """
     paths = {name: _find(name, folder) for name in (BASELINE, GAMED)[: 2 if with_gamed else 1]}
     try:
         rows = json.loads(paths[BASELINE].read_text(encoding="utf-8"))
-        whole = all(isinstance(row[name], str) for row in rows for name in BASELINE_COLUMNS)
+        is_valid = all(isinstance(row[name], str) for row in rows for name in BASELINE_COLUMNS)
     except (LookupError, TypeError, ValueError):
-        whole, rows = False, []
-    if not rows or not whole or (folder is None and len(rows) != COUNT):
-        raise ValueError(f"{paths[BASELINE]} should hold {COUNT} rows of {', '.join(BASELINE_COLUMNS)}.")
+        is_valid, rows = False, []
+    if not rows or not is_valid or (folder is None and len(rows) != COUNT):
+        raise ValueError(f"{paths[BASELINE]} must have {COUNT} rows with {', '.join(BASELINE_COLUMNS)}.")
     if with_gamed:
         _check_gamed(paths[GAMED], len(rows))
     sha256 = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
@@ -64,10 +64,10 @@ def _find(name: str, folder: Path | None) -> Path:
         if folder is None:
             return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", revision=REVISION))
         return (folder / name).resolve(strict=True)
-    except (OSError, ValueError) as error:  # of the Hub's client, all of them
+    except (OSError, ValueError) as error:  # includes all errors of huggingface_hub
         raise ValueError(
-            f"{folder or REPOSITORY} has no {name}, or not within reach ({type(error).__name__}). Name a folder with "
-            f"copies of {BASELINE} and {GAMED} of the Hub dataset {REPOSITORY}, revision {REVISION}, by --reference."
+            f"Can't find {name} in {folder or REPOSITORY} ({type(error).__name__}). Pass a folder with copies of "
+            f"{BASELINE} and {GAMED} of the Hub dataset {REPOSITORY}, revision {REVISION}, as --reference."
         ) from error
 
 
@@ -76,42 +76,42 @@ def _check_gamed(path: Path, count: int) -> None:
 
     table = pandas.read_csv(path)
     index = table["index"].tolist() if set(GAMED_COLUMNS) <= set(table) else []
-    # The package takes a row's difficulty by its position in this table, so the two must not differ.
+    # The package looks up a row's difficulty by its position in this table.
     if index[:count] != list(range(count)) or set(index) != set(range(count)):
         raise ValueError(
-            f"{path} should have the columns {', '.join(GAMED_COLUMNS)}, and begin with a row for each of the {count} "
-            f"of {BASELINE}, in their order."
+            f"{path} must have the columns {', '.join(GAMED_COLUMNS)}, and must start with the {count} rows of "
+            f"{BASELINE}, in the same order."
         )
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The model's name, and its output for each canonical row that has one, in their order."""
+    """The model's name, and its outputs by reference row, in order."""
 
     generator: str
     by_row: dict[int, str]
 
 
 def find_outputs(path: Path) -> Path:
-    """The file of model outputs: `path` itself, or the one in that folder. Raises `ValueError` if there is none."""
+    """The file of outputs: `path`, or the one in this folder. Raises `ValueError` if there is none."""
     file = path / OUTPUTS if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; expected a {OUTPUTS}, or a folder that `generate` has finished.")
+        raise ValueError(f"{file} does not exist. Pass a {OUTPUTS}, or the folder of a finished `generate`.")
     return file
 
 
 def read_outputs(path: Path, reference: Reference) -> Outputs:
-    """Reads model outputs in any order, and gives each its canonical row by its instruction.
+    """Reads model outputs in any order, and finds their reference rows by their instructions.
 
-    The package goes by the position in the file, and for a subset silently takes the difficulties of other rows.
-    Raises `ValueError` if there are other columns, unknown or repeated instructions, or several generators.
+    (The package uses the position in the file, which gives wrong difficulties for a subset.) Raises `ValueError` if
+    columns are missing, instructions are unknown or repeated, or there are several generators.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))  # some tools begin a file with a mark
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} should hold a list of rows with {', '.join(OUTPUT_COLUMNS)}.")
+        raise ValueError(f"{path} must be a list of rows with {', '.join(OUTPUT_COLUMNS)}.")
     places: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(reference.rows):
         places[row["instruction"]].append(index)
@@ -119,20 +119,20 @@ def read_outputs(path: Path, reference: Reference) -> Outputs:
     for number, row in enumerate(rows):
         where = f"Row {number} of {path}"
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in OUTPUT_COLUMNS):
-            raise ValueError(f"{where} should be an object with text in {', '.join(OUTPUT_COLUMNS)}.")
+            raise ValueError(f"{where} must be an object with strings in {', '.join(OUTPUT_COLUMNS)}.")
         if any("\ud800" <= letter <= "\udfff" for letter in row["output"]):
-            raise ValueError(f"{where} holds half of a surrogate pair, which is no character and cannot be sent.")
+            raise ValueError(f"{where} has an unpaired surrogate, which cannot be sent. Remove it from the output.")
         place = places[row["instruction"]]
         if not place:
             raise ValueError(
-                f"{where}: the instruction {row['instruction'][:60]!r} is not in the reference set, or there more "
-                "often than in it. Its text must be the reference's, character by character."
+                f"{where}: the instruction {row['instruction'][:60]!r} is not in the reference set, or is repeated. "
+                "Instructions must be exactly those of the reference set."
             )
-        # Where an instruction is there twice, its data set tells which one is meant.
+        # An instruction that is in the reference set twice is identified by its data set.
         index = next((index for index in place if reference.rows[index]["dataset"] == row.get("dataset")), place[0])
         place.remove(index)
         by_row[index] = row["output"]
         generators.add(row["generator"])
     if len(generators) != 1:
-        raise ValueError(f"{path} should hold the outputs of one generator, got {', '.join(sorted(generators))}.")
+        raise ValueError(f"{path} must have outputs of one generator, got {', '.join(sorted(generators))}.")
     return Outputs(generators.pop(), dict(sorted(by_row.items())))

@@ -10,15 +10,15 @@ from trl_steer.files import read_json
 from .generation import SETTINGS
 from .judging import NUMBERS, RESULT
 
-# What the authors' code used.
+# The settings of the authors' code.
 PAPER_SETTINGS = "paper: prompt alpaca, 512 new tokens; alpaca_eval_gpt4_turbo_fn (gpt-4-1106-preview)"
 
 
 class Row(NamedTuple):
-    """One line of the table.
+    """A row of the table.
 
-    `numbers` are LC win rate, win rate, and after each its standard error, in percent: NaN could not be computed, None
-    was never given. `doubts` say why they cannot be held against the leaderboard.
+    `numbers` are the LC win rate, its standard error, the win rate and its standard error, in percent: NaN if it could
+    not be computed, `None` if it is not given. `doubts` are reasons why they are not comparable with the leaderboard.
     """
 
     name: str
@@ -43,11 +43,11 @@ PAPER = [
 
 
 def read(path: Path) -> list[Row]:
-    """The results in a folder: its own, or those of the judges' folders in it. Raises `ValueError` if it has none."""
+    """The results in a folder of a judge, or in the judges' folders inside. Raises `ValueError` if there are none."""
     files = [path / RESULT] if (path / RESULT).is_file() else sorted(path.glob(f"*/{RESULT}"))
     if not files:
         raise ValueError(
-            f"{path} holds no {RESULT}, nor does a folder in it; run `trl-steer alpaca-eval judge` first."
+            f"There is no {RESULT} in {path} or a folder inside. Run `trl-steer alpaca-eval judge` first."
         )
     return [_row(file) for file in files]
 
@@ -55,12 +55,12 @@ def read(path: Path) -> list[Row]:
 def _row(file: Path) -> Row:
     result, generation = read_json(file), file.parent.parent / SETTINGS
     if not isinstance(result, dict) or not {*NUMBERS, "judge", "missing_rows"} <= result.keys():
-        raise ValueError(f"{file} was not written by `trl-steer alpaca-eval judge`.")
+        raise ValueError(f"{file} is not a result of `trl-steer alpaca-eval judge`.")
     written = read_json(generation) if generation.is_file() else {}
     judge, missing = result["judge"], len(result["missing_rows"])
     generated = f"prompt {written.get('prompt_form')}, {written.get('max_new_tokens')} new tokens; " if written else ""
     numbers = [math.nan if result[name] is None else result[name] for name in NUMBERS]
-    incomplete = [f"INCOMPLETE: {missing} rows have no judgement"] if missing else []
+    incomplete = [f"INCOMPLETE: {missing} rows without a judgement"] if missing else []
     settings, doubts = f"{generated}{judge['name']} ({judge['model']})", incomplete + result["not_comparable_because"]
     counts = written.get("parameters") or {"base": None}
     parameters = "" if counts["base"] is None else f"{counts['base']:,}"
@@ -70,7 +70,7 @@ def _row(file: Path) -> Row:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table, with a footnote for each result that cannot be held against the leaderboard, which says why."""
+    """A Markdown table, with a footnote for each result that is not comparable with the leaderboard."""
     lines = [
         "| model | parameters | LC win rate | SE | win rate | SE | length | n | settings; judge |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -92,11 +92,11 @@ def _cell(value: float | None) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws length-controlled win rates with their standard errors, a line each, to an image file."""
+    """Plots length-controlled win rates with their standard errors to an image file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'trl-steer[analysis]'") from error
+        raise ImportError("--plot needs matplotlib. Run `pip install 'trl-steer[analysis]'`.") from error
     drawn = [row for row in reversed(rows) if not math.isnan(row.numbers[0] or math.nan)]
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(drawn)), layout="constrained")
     axes = figure.subplots()
@@ -108,4 +108,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks(range(len(drawn)), [row.name for row in drawn])
     axes.set_xlabel("LC win rate (%) and its standard error\ngray: paper; hollow: not comparable with the leaderboard")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

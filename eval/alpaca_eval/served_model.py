@@ -1,4 +1,4 @@
-"""Answers of a model behind an OpenAI-compatible endpoint, a vLLM server for example."""
+"""Answers of a model at an OpenAI-compatible endpoint, such as a vLLM server."""
 
 import re
 from typing import Any
@@ -10,12 +10,12 @@ from .thoughts import Output
 
 
 class ServedModel:
-    """One request for each instruction; the server applies the model's chat template.
+    """A served model, with one request for each instruction. The server applies the chat template.
 
     Args:
-        model (`str`), client (`Client`): The name under which the server knows it, and the server.
+        model (`str`), client (`Client`): Name of the model on the server, and the client.
         prompt (`str`), sampling (`Sampling`), pattern (`re.Pattern`, *optional*): As for [`LocalModel`].
-        allow_empty (`bool`): Whether an answer without text, a refusal for example, counts as an empty one.
+        allow_empty (`bool`): Whether to accept an answer without text, such as a refusal, as an empty output.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ServedModel:
         self._client, self._pattern, self._allow_empty = client, pattern, allow_empty
         self._is_alpaca = prompt == ALPACA
         self._body = {"model": model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        if sampling.temperature > 0:  # many reasoning models refuse these
+        if sampling.temperature > 0:  # many reasoning models do not accept these
             self._body |= {"seed": sampling.seed} | ({"top_p": sampling.top_p} if sampling.top_p < 1 else {})
         self.description = {"model": model, "prompt_form": ALPACA if self._is_alpaca else CHAT, **self._put(PLACE)}
 
@@ -49,8 +49,8 @@ class ServedModel:
         text = thoughts.content(choice)
         if text is None and not self._allow_empty:
             raise EndpointError(
-                f"{thoughts.why_empty(choice)} Raise --max-new-tokens (with a new --output), or pass --allow-empty to "
-                "count such answers as empty outputs."
+                f"{thoughts.why_empty(choice)} Increase --max-new-tokens (with a new --output), or pass --allow-empty "
+                "to accept such answers as empty outputs."
             )
         output = thoughts.split(text or "", self._pattern)
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""

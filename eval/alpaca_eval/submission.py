@@ -1,6 +1,6 @@
-"""What a submission to the leaderboard consists of.
+"""A submission to the leaderboard:
 
-models_configs/<name>/configs.yaml, prompt.txt      how the outputs came about
+models_configs/<name>/configs.yaml, prompt.txt      settings of the generation
 results/<name>/model_outputs.json                   dataset, instruction, output, generator
 results/<name>/<judge>/annotations.json             the judgements
 leaderboard_row.csv, glm_weights_row.csv            one row each for the package's tables
@@ -21,35 +21,35 @@ ROW, WEIGHTS_ROW = "leaderboard_row.csv", "glm_weights_row.csv"
 
 
 def check(folder: Path, judged: Path, anyway: bool = False) -> dict[str, Any]:
-    """What `judge` wrote into `judged`, if it can be submitted as a new `folder`; else raises `ValueError`."""
+    """The result in the folder `judged`. Raises `ValueError` if it cannot be submitted, or `folder` exists."""
     if not (judged / judging.RESULT).is_file():
-        raise ValueError(f"{judged} has no {judging.RESULT}; name a folder that `judge` wrote.")
+        raise ValueError(f"{judged} has no {judging.RESULT}. Pass a folder written by `judge`.")
     if folder.exists():
-        raise ValueError(f"{folder} exists; name a new --output.")
+        raise ValueError(f"{folder} exists. Choose another --output.")
     result = read_json(judged / judging.RESULT)
     name = result["name"]
     if "/" in name or name.startswith(".") or name in _leaderboard().index:
         raise ValueError(
-            f"{name!r} is on the leaderboard already, which would silently skip it, or is no name for a folder; "
-            "generate with another --name."
+            f"{name!r} is already on the leaderboard, which would skip it, or is not a valid name of a folder. "
+            "Generate with another --name."
         )
     if None in [result[name] for name in judging.NUMBERS]:
-        raise ValueError(f"The result lacks a number among {', '.join(judging.NUMBERS)}.")
+        raise ValueError(f"The result has NaN among {', '.join(judging.NUMBERS)}. Judge more rows.")
     if not result["comparable"] and not anyway:
         raise ValueError(
             f"The result is not comparable with the leaderboard: {'; '.join(result['not_comparable_because'])}. "
-            "To write the folder all the same, pass --not-comparable."
+            "Pass --not-comparable to write it anyway."
         )
     return result
 
 
 def write(folder: Path, judged: Path, result: dict[str, Any], outputs: Outputs, reference: Reference) -> None:
-    """Writes a submission into a new folder. Raises `ValueError` if the outputs were changed since."""
+    """Writes a submission to a new folder. Raises `ValueError` if the outputs have changed since they were judged."""
     import pandas
 
     name, judge = result["name"], result["judge"]
     if name != outputs.generator or not judging.is_about(judged, outputs):
-        raise ValueError("The outputs have changed since they were judged; run `judge` again.")
+        raise ValueError("The outputs have changed since they were judged. Run `judge` again.")
     settings = judged.resolve().parent / SETTINGS
     with new_folder(folder) as partial:
         _write_config(partial / "models_configs" / name, name, read_json(settings) if settings.is_file() else {})
@@ -72,7 +72,7 @@ def _leaderboard() -> Any:
 
 
 def _write_config(folder: Path, name: str, settings: dict[str, Any]) -> None:
-    """The package's description of a model. It is for people: the package merges adapters, which steering cannot."""
+    """Writes the package's configuration of a model. The package cannot use it, since it would merge the adapter."""
     import yaml
 
     names = {"model": "model_name", "adapter": "adapters_name"}
@@ -84,5 +84,5 @@ def _write_config(folder: Path, name: str, settings: dict[str, Any]) -> None:
         "pretty_name": name,
     }
     write_text(folder / "configs.yaml", yaml.safe_dump({name: config}, sort_keys=False))
-    # The one message that is sent to a served chat model is the instruction.
+    # For a served chat model, the prompt is the instruction.
     write_text(folder / "prompt.txt", settings.get("prompt") or "{instruction}")

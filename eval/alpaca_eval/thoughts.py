@@ -1,10 +1,10 @@
-"""What a reasoning model thinks before it answers is no part of its answer."""
+"""Removes the thoughts of reasoning models from their answers."""
 
 import re
 from typing import Any, NamedTuple
 
 OPENING = "<think>"
-# Tags of Qwen and DeepSeek, whose templates may have written the opening one already, of Mistral, and of gpt-oss.
+# Tags of Qwen and DeepSeek, whose chat templates may contain the opening one, of Mistral, and of gpt-oss.
 PATTERN = (
     r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)"
     r"|<\|channel\|>analysis.*?(?:<\|channel\|>final<\|message\|>|\Z)"
@@ -12,16 +12,16 @@ PATTERN = (
 
 
 class Output(NamedTuple):
-    """What a model wrote: the answer and, apart from it, what was thought before."""
+    """The answer of a model, and the thoughts before it."""
 
     text: str
     thought: str = ""
 
 
 def split(text: str, pattern: re.Pattern[str] | None) -> Output:
-    """Takes all that `pattern` finds out of a text, and white space around the rest. None takes nothing out.
+    """Separates the matches of `pattern`, if there is one, from the rest of a text, and strips whitespace.
 
-    A thought that was cut off leaves an empty answer.
+    If a thought is truncated, the answer is empty.
     """
     if pattern is None:
         return Output(text.strip())
@@ -30,10 +30,10 @@ def split(text: str, pattern: re.Pattern[str] | None) -> Output:
 
 
 def content(choice: dict[str, Any]) -> str | None:
-    """The text of one choice of a completion, or the arguments of the function that it calls; None if it has neither.
+    """The text of a choice of a completion, or the arguments of its function call, or `None` if it has neither.
 
     Raises:
-        AttributeError, LookupError, TypeError: if it is not formed as OpenAI's API defines it.
+        AttributeError, LookupError, TypeError: It does not have the format of OpenAI's API.
     """
     message = choice["message"] if "message" in choice else {"content": choice["text"]}
     calls = message.get("tool_calls") or []
@@ -45,8 +45,8 @@ def content(choice: dict[str, Any]) -> str | None:
 
 
 def why_empty(choice: dict[str, Any]) -> str:
-    """Why a choice holds no text, as far as it says so."""
+    """The reason why a choice has no text, as far as known."""
     if refusal := (choice.get("message") or {}).get("refusal"):
-        return f"The model refuses: {str(refusal)[:200]!r}."
-    spent = ": all tokens were spent, on thoughts perhaps" if choice.get("finish_reason") == "length" else ""
+        return f"The model refuses to answer: {str(refusal)[:200]!r}."
+    spent = ": all tokens were used, possibly for thoughts" if choice.get("finish_reason") == "length" else ""
     return f"The answer has no text (finish_reason {choice.get('finish_reason')}{spent})."

@@ -1,7 +1,6 @@
-"""The package `alpaca-eval`, imported in the one way that works on today's stack, and kept quiet.
+"""Imports the package `alpaca-eval`.
 
-Version 0.6.6 asks `pkg_resources` for version numbers, which setuptools 82 no longer has; it sets the level of the
-root logger and logs through it.
+Version 0.6.6 needs `pkg_resources`, which setuptools 82 no longer has, and changes the level of the root logger.
 """
 
 import functools
@@ -19,16 +18,16 @@ from typing import Any
 
 
 def folder() -> Path:
-    """Where the package lies, without importing it. Raises `ImportError` if it is not installed."""
+    """The package's folder, without importing it. Raises `ImportError` if it is not installed."""
     found = importlib.util.find_spec("alpaca_eval")
     if found is None or found.origin is None:
-        raise ImportError("Judging and submissions need the package alpaca-eval: pip install 'trl-steer[alpaca]'")
+        raise ImportError("The package alpaca-eval is not installed. Run `pip install 'trl-steer[alpaca]'`.")
     return Path(found.origin).parent
 
 
 @functools.cache
 def load() -> types.ModuleType:
-    """The package, with the annotators and the metrics imported."""
+    """The package, including the modules that are used here."""
     level = logging.getLogger().level
     try:
         with _pkg_resources(), warnings.catch_warnings():
@@ -42,13 +41,13 @@ def load() -> types.ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is logged or drawn. The package logs whole answers, and a traceback for each that is missing."""
+    """Context manager without logging and progress bars. The package logs answers, and tracebacks for missing ones."""
     before, utils = logging.root.manager.disable, load().utils
     theirs, utils.tqdm = utils.tqdm, types.SimpleNamespace(tqdm=lambda iterable, **_: iterable)
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # scikit-learn announces what its next version will no longer take.
+            # Warnings about the package's use of scikit-learn.
             warnings.filterwarnings("ignore", category=FutureWarning, module="sklearn")
             yield
     finally:
@@ -58,16 +57,16 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _pkg_resources() -> Iterator[None]:
-    """A stand-in for `pkg_resources` where there is none, for as long as the import takes."""
+    """Context manager with a replacement of `pkg_resources`, if it is not installed."""
     if "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources") is not None:
         yield
         return
     from packaging.version import parse
 
-    stand_in: Any = types.ModuleType("pkg_resources")
-    stand_in.get_distribution = lambda name: types.SimpleNamespace(version=importlib.metadata.version(name))
-    stand_in.parse_version = parse
-    sys.modules["pkg_resources"] = stand_in
+    replacement: Any = types.ModuleType("pkg_resources")
+    replacement.get_distribution = lambda name: types.SimpleNamespace(version=importlib.metadata.version(name))
+    replacement.parse_version = parse
+    sys.modules["pkg_resources"] = replacement
     try:
         yield
     finally:

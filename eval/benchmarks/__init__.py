@@ -1,1 +1,1 @@
-"""What steering costs, as ratios of two sides measured in one process: `python -m trl_steer.eval.benchmarks`."""
+"""The cost of steering, as ratios of measurements in one process: `python -m trl_steer.eval.benchmarks`."""

@@ -19,13 +19,20 @@ MODULE = "trl_steer.eval.benchmarks"
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run this benchmark; may be repeated")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of the slowest benchmarks, at least 7")
-    parser.add_argument("--output", type=Path, help="folder to write benchmarks_<device>.json and .md to")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="the CPU, and a GPU if there is one, unless given")
-    parser.add_argument("--quick", action="store_true", help="tiny models and two rounds: shows that it runs")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="'cpu' (one thread) on a machine in use")
+    description = "Measures the cost of steering, as ratios of measurements in one process."
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=description)
+    only = "run this benchmark only; may be repeated (default: all)"
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, help=only)
+    repeats = "rounds of the slowest benchmarks, at least 7 (default: 7)"
+    parser.add_argument("--repeats", type=int, default=7, help=repeats)
+    output = "folder to write benchmarks_<device>.json and .md to (default: none)"
+    parser.add_argument("--output", type=Path, help=output)
+    device = "device (default: the CPU, then the GPU if there is one)"
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=device)
+    quick = "use tiny models and two rounds, to show that everything works (default: off)"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    clock = "wall time, or CPU time with one thread, if other processes use the machine (default: wall)"
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=clock)
     return parser
 
 
@@ -35,17 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.repeats < 7:
         parser().error(f"--repeats must be at least 7, got {options.repeats}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser().error("--device cuda was given, but torch sees no GPU")
+        parser().error("--device cuda needs a GPU, but there is none")
     command = shlex.join(["python", "-m", MODULE, *arguments])
     for device in [options.device] if options.device else ["cpu", *["cuda"] * torch.cuda.is_available()]:
         results = []
         for name in options.only or BENCHMARKS:
-            # In a process of its own: what one leaves behind in memory would change what the next allocates for free.
+            # In a new process, because the state of the allocator affects the next benchmark.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 results += pool.submit(run, name, device, options.repeats, options.quick, options.clock).result()
         print(f"\n{report.table(results)}\n")
         if options.output:
-            print("Written:", *report.write(results, options.output, device, command))
+            print("Wrote", *report.write(results, options.output, device, command))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Judging 805 rows: `trl-steer alpaca-eval` against the package `alpaca-eval` alone, with the same mock judge.
+"""Judging 805 rows with `trl-steer alpaca-eval` and with the package `alpaca-eval` alone, with the same mock judge.
 
-Both ask over the same pool of connections. Left to itself the package makes a client for every call, about 0.1 s each,
-beside which nothing else would be seen.
+Both reuse their connections. By default, the package creates a client for each request, which takes about 0.1 s and
+would dominate the measurement.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SERVER = "trl_steer.eval.benchmarks.alpaca_server"
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields the ratio of both, requests, files and metrics included; nothing for a GPU or without the package."""
+    """Yields the ratio of the times for requests, files and metrics. Skipped on a GPU or without the package."""
     if device != "cpu" or importlib.util.find_spec("alpaca_eval") is None:
         return
     from ..alpaca_eval import judges, judging, reference, upstream
@@ -55,7 +55,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
         with upstream.quiet():
             times = alternate({OURS: ours, THEIRS: theirs}, repeats, device)
     if abs(numbers[OURS] - numbers[THEIRS]) > 1e-6:
-        raise RuntimeError(f"the two do not agree on the length-controlled win rate: {numbers}")
+        raise RuntimeError(f"The length-controlled win rates are different: {numbers}.")
     case = f"{count} rows, mock judge, {IN_FLIGHT} requests in flight"
     yield compare(NAME, case, times, OURS, THEIRS, bound=None if quick else "<= 1.1")
 
@@ -63,7 +63,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
 def _package_alone(
     module: Any, folder: Path, url: str, fresh: Iterator[Path], numbers: dict[str, float]
 ) -> Callable[[], None]:
-    """The package's own loop with its cache, writing what it writes, into folders of ours."""
+    """Judging with the package and its cache."""
     import openai
     import pandas
 
@@ -96,7 +96,7 @@ def _package_alone(
 
 
 def _write(folder: Path, count: int) -> None:
-    """Reference files and outputs of invented words, in the sizes of the real ones."""
+    """Writes reference files and outputs of random words, with realistic lengths."""
     draw = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -125,7 +125,7 @@ def _write(folder: Path, count: int) -> None:
 
 @contextmanager
 def _server() -> Iterator[str]:
-    """The mock judge, in a process of its own, so that its work is not counted."""
+    """The mock judge, in another process, so that it is not measured."""
     process = subprocess.Popen([sys.executable, "-m", SERVER], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

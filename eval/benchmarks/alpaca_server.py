@@ -1,4 +1,4 @@
-"""A mock judge for the benchmark: prints its port, then answers all requests with log-probabilities of `m` and `M`."""
+"""A mock judge for the benchmark: prints its port, and answers requests with log-probabilities of `m` and `M`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Prefers the first output more or less, depending on the request alone."""
+    """Answers with a preference that only depends on the request."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""Scoring generated text: lm-eval's batches against one prompt at a time, as research code often does it."""
+"""Generation for evaluation: lm-eval with batches, and one prompt at a time, as in much research code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .harness import Result, alternate, compare
 NAME = "evaluation"
 BATCHED, SINGLE = "lm-eval, batches of 16", "one prompt at a time"
 BATCH_SIZE, MAX_NEW_TOKENS = 16, 16
-# Generated, so that nothing has to be downloaded; answered in a few tokens, so that a round takes seconds.
+# A generated task with short answers: no download is needed, and a round takes seconds.
 TASK = "listops_synthetic"
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields the ratio of both ways of answering the same prompts.
+    """Yields the ratio of the times for the same prompts.
 
     Raises:
-        RuntimeError: if they do not give the same answers.
+        RuntimeError: The answers are different.
     """
     task = BENCHMARKS[TASK]
     count = 4 if quick else BATCH_SIZE
@@ -39,7 +39,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
     times = alternate(sides, repeats, device)
     answers = {side: [task.flexible(text) for text in texts[side]] for side in sides}
     if answers[BATCHED] != answers[SINGLE]:
-        raise RuntimeError(f"batched evaluation changes answers: {answers[BATCHED]}, singly {answers[SINGLE]}")
+        raise RuntimeError(f"Batches change the answers: {answers[BATCHED]}, without batches {answers[SINGLE]}.")
     same = sum(a == b for a, b in zip(texts[BATCHED], texts[SINGLE], strict=True))
     case = f"{'tiny Llama' if quick else 'SmolLM2-135M'}, {TASK}, {count} prompts, {same} texts equal"
     yield compare(NAME, case, times, SINGLE, BATCHED, bound=None if quick else ">= 1")
@@ -81,7 +81,7 @@ def _smollm2() -> tuple[Any, Any]:
 
 
 def _tiny() -> tuple[Any, Any]:
-    """Random weights, and a vocabulary of bytes."""
+    """A model with random weights, and a tokenizer for bytes."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 

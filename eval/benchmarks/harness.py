@@ -1,4 +1,4 @@
-"""Alternated timing, and ratios with their spread."""
+"""Alternating measurements of time, and ratios with quartiles."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _clock = "wall"
 @dataclass(frozen=True)
 class Result:
     """
-    One ratio, `numerator / denominator`.
+    A ratio, `numerator / denominator`.
 
     Attributes:
-        benchmark (`str`): The benchmark's name, as `--only` takes it.
-        case (`str`): Model, dtype, mode.
-        numerator (`str`), denominator (`str`): The two sides.
-        ratio (`float`), low (`float`), high (`float`): Median and quartiles. All equal if nothing varies.
+        benchmark (`str`): Name of the benchmark, as in `--only`.
+        case (`str`): Model, dtype and mode.
+        numerator (`str`), denominator (`str`): Names of the two sides.
+        ratio (`float`), low (`float`), high (`float`): Median and quartiles of the ratio.
         values (`tuple[float, float]`): The median of each side, in `unit`.
-        bound (`str`, *optional*): What the ratio is held against, `"<= 1.02"` for example.
+        bound (`str`, *optional*): Bound on the ratio, for example `"<= 1.02"`.
     """
 
     benchmark: str
@@ -41,7 +41,7 @@ class Result:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the ratio keeps its bound; `None` without one."""
+        """Whether the ratio is within its bound, `None` without a bound."""
         if self.bound is None:
             return None
         relation, limit = self.bound.split()
@@ -57,9 +57,9 @@ def synchronize(device: str) -> None:
 
 
 def use_clock(name: str) -> None:
-    """`"wall"`, or `"cpu"` for processor time, which tells something also while others use the machine.
+    """Selects the wall clock, `"wall"`, or CPU time, `"cpu"`, which is less affected by other processes.
 
-    The latter with one thread only, since threads that wait for each other use the processor too.
+    CPU time is measured with a single thread, since waiting threads also use CPU time.
     """
     global _clock
     if name == "cpu":
@@ -72,7 +72,7 @@ def current_clock() -> str:
 
 
 def seconds(function: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds that `function` takes, on a GPU between two events in its stream."""
+    """Seconds for a call of `function`, on a GPU between two events in its stream."""
     if device != "cuda":
         now = CLOCKS[_clock]
         start = now()
@@ -91,24 +91,23 @@ def alternate(
     sides: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
     """
-    Runs every side once a round, so that whatever slows the machine down for a while slows all of them.
+    Runs each side once per round, so that other load on the machine affects all sides.
 
-    Every other round goes backwards, so that no side always follows the same one. Python's garbage collection waits
-    for the gaps between rounds.
+    Every other round has the reverse order. Python's garbage collection only runs between rounds.
 
     Args:
-        sides (`dict[str, Callable]`): Name and what to run.
+        sides (`dict[str, Callable]`): Functions to measure, by name.
         repeats (`int`): Number of rounds.
         device (`str`, defaults to `"cpu"`): `"cpu"` or `"cuda"`.
-        warmup (`int`, defaults to `1`): Rounds before, that do not count.
+        warmup (`int`, defaults to `1`): Number of rounds before these that are not measured.
 
     Returns:
-        `dict[str, list[float]]`: For each side the seconds of each round.
+        `dict[str, list[float]]`: The seconds of each round, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is there already need not be looked at between rounds
+    gc.freeze()  # makes the collections between rounds faster
     gc.disable()
     try:
         for round_ in range(-warmup, repeats):
@@ -142,7 +141,7 @@ def compare(
     unit: str = "s",
     bound: str | None = None,
 ) -> Result:
-    """The ratio of two sides: the median, over rounds, of the ratio within a round."""
+    """The ratio of two sides: the median over rounds of the ratio in each round."""
     low, median, high = quartiles(
         above / below for above, below in zip(measured[numerator], measured[denominator], strict=True)
     )

@@ -1,4 +1,4 @@
-"""Prefill and one-token decode against the bare base model."""
+"""Prefill and decoding of one token, compared with the base model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .harness import Result, alternate, compare
 
 NAME = "inference"
 BARE, OURS, LORA = "bare model", "low rank r=8", "LoRA r=8 all-linear, unmerged"
-# A decoded token takes milliseconds, so a median over few of them would be all noise.
+# Decoding a token takes milliseconds, so that many rounds are needed.
 DECODES_PER_REPEAT, PREFILLS_PER_REPEAT = 30, 12
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields the ratios of prefill, then of decode."""
+    """Yields the ratios for prefill, then for decoding."""
     config = models.tiny() if quick else models.smollm2_135m()
     length, cached = (16, 8) if quick else (256, 64)
     name = "tiny Llama" if quick else "SmolLM2-135M"

@@ -1,4 +1,4 @@
-"""Loading an adapter folder, and replacing a loaded adapter by another."""
+"""Loading an adapter, and replacing a loaded adapter by another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SWAP, RELOAD, LORA_SWAP = "hotswap_adapter", "delete and load", "PEFT's LoRA hot
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields the ratios of loading, then of replacing."""
+    """Yields the ratios for loading, then for replacing."""
     config = models.tiny() if quick else models.smollm2_135m()
     name = "tiny Llama" if quick else "SmolLM2-135M"
     base = models.build(config, device)
@@ -44,7 +44,7 @@ def _save(base, adapter: str, scratch: Path) -> Path:
 
 
 def _load(base, folder: Path) -> Callable[[], object]:
-    """Loads into a fresh copy of the modules each time; making the copy is a small part, equal on both sides."""
+    """Loads into a new copy of the modules. Copying takes little time, the same on both sides."""
     return lambda: PeftModel.from_pretrained(models.share(base), folder)
 
 

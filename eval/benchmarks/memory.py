@@ -1,4 +1,4 @@
-"""How many bytes autograd keeps between forward and backward."""
+"""Memory that autograd keeps between forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class _Kept:
-    """Stands for a saved tensor; it lives as long as the graph holds it."""
+    """A tensor saved by autograd. It is garbage collected when the graph releases it."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -18,14 +18,13 @@ class _Kept:
 
 def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
     """
-    Bytes of the distinct storages that the graph holds at the end of `forward`, parameters and buffers left out.
+    Bytes of the distinct storages that the graph keeps at the end of `forward`, without parameters and buffers.
 
-    Under gradient checkpointing what a block computes is dropped on the way, so what counts is what is still alive in
-    the end: the inputs of the blocks, and what is kept outside of them.
+    With gradient checkpointing, these are the inputs of the blocks, and tensors saved outside of blocks.
 
     Args:
-        forward (`Callable`): Returns the loss. No backward runs.
-        model (`nn.Module`): Whose parameters and buffers do not count.
+        forward (`Callable`): Returns the loss. The backward pass is not run.
+        model (`nn.Module`): The model whose parameters and buffers are not counted.
     """
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 

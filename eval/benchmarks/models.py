@@ -1,4 +1,4 @@
-"""Models with random weights, built from configurations, and copies of them that share their weights."""
+"""Models with random weights, and copies that share their weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny() -> LlamaConfig:
 
 
 def eight_blocks() -> LlamaConfig:
-    """Eight blocks of d=512. The vocabulary is small, so that what blocks keep is not hidden behind logits."""
+    """Eight blocks with d=512. The vocabulary is small, so that logits do not dominate the memory."""
     return LlamaConfig(
         hidden_size=512,
         intermediate_size=1408,
@@ -64,7 +64,7 @@ def build(config: LlamaConfig, device: str = "cpu", dtype: torch.dtype = torch.f
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules over the same weights: sides then differ in nothing but their adapters."""
+    """A copy of the modules with the same weights."""
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
@@ -75,7 +75,7 @@ def adapter_config(adapter: str) -> PeftConfig:
 
 
 def adapted(base: PreTrainedModel, adapter: str | PeftConfig) -> PeftModel:
-    """A copy of `base` over the same weights, with an adapter: one of `ADAPTERS`, or of a configuration."""
+    """A copy of `base` with the same weights and an adapter, one of [`ADAPTERS`] or with a configuration."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(share(base), adapter_config(adapter) if isinstance(adapter, str) else adapter)
@@ -84,7 +84,7 @@ def adapted(base: PreTrainedModel, adapter: str | PeftConfig) -> PeftModel:
 def training_step(
     model: PeftModel, tokens: torch.Tensor, constraint: OrthogonalityConstraint | None = None
 ) -> Callable[[], None]:
-    """Forward, backward and AdamW, with the constraint where there is one."""
+    """Forward, backward and AdamW, optionally with the constraint."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -94,7 +94,7 @@ def training_step(
         optimizer.step()
         if constraint is not None:
             constraint.project()
-        # Kept as zeros, so that gradients can be written to between steps.
+        # Zeros instead of `None`, so that gradients can be written between steps.
         optimizer.zero_grad(set_to_none=False)
 
     return step

@@ -1,8 +1,7 @@
-"""Joint adaptation: what the orthogonality constraint costs, and a training step with it.
+"""The cost of the orthogonality constraint and of a training step of joint adaptation.
 
-What the projection learned here about memory on a CPU: glibc maps requests above 32 MiB anew each time, and faulting
-that memory in page by page costs more than the arithmetic, so blocks are projected in parts of 16 MiB. The parts share
-one buffer, because of two glibc gives the upper one back to the system after each use.
+This benchmark determined the size of the CPU buffer in `joint_steering/projection.py`: above 32 MiB, page faults of
+new allocations take longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ BLOCKS, RANK = 32, 8
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields the dense form's cost, the projection's share of a training step, and LoRA's of as many parameters."""
-    # Before anything else has filled the heap and freed it: from there the dense form would get its d x d matrices
-    # three times as fast as from the system.
+    """Yields the ratios of the dense form and the projection, of the projections and a joint training step, and of a
+    joint training step and one of LoRA with as many parameters."""
+    # First, because the dense form is faster when it can reuse memory of other measurements.
     for d in (64,) if quick else (2048, 4096):
         yield _against_dense(d, device, repeats, bounded=d == 4096 and device == "cpu")
     config = models.tiny() if quick else models.eight_blocks()
@@ -46,14 +45,14 @@ def _training(config, batch: int, length: int, device: str, repeats: int, bounde
     for model in (joint, lora):
         model.train()
     constraint = OrthogonalityConstraint(joint, "default")
-    # Two steps: what LoRA's `B` holds at first is zero, which nothing is orthogonal to or not.
+    # Two steps first, because LoRA's `B` is initialized to zero.
     steps = {JOINT: models.training_step(joint, tokens, constraint), lora_side: models.training_step(lora, tokens)}
     alternate(steps, 2, device)
 
     joint(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     weights: list[torch.Tensor] = [pair.steering_matrix("default", "output") for pair in constraint.pairs]
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    # What is orthogonal already is left alone, so each time has to start from what is not.
+    # Projecting weights that are already orthogonal would be faster.
     generator = torch.Generator().manual_seed(0)
     overlapping = [torch.randn(weight.shape, generator=generator).to(weight) for weight in weights]
 
@@ -86,15 +85,15 @@ def _against_dense(d: int, device: str, repeats: int, bounded: bool) -> Result:
             Q = torch.linalg.svd(B, full_matrices=False).U
             W.copy_((torch.eye(d, device=device) - Q @ Q.mT) @ W)
 
-    def anew(function: Callable[[], None]) -> Callable[[], None]:
+    def restarted(function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            # The copy counts for both sides; a projected matrix projected again would be less work for ours.
+            # Included on both sides. Projecting a projected matrix again would be faster for ours.
             torch._foreach_copy_(weights, start)
             function()
 
         return run
 
-    times = alternate({OURS: anew(gram), DENSE: anew(dense)}, repeats, device)
+    times = alternate({OURS: restarted(gram), DENSE: restarted(dense)}, repeats, device)
     case = f"{BLOCKS} blocks, d={d}, r={RANK}"
     return compare(NAME, case, times, DENSE, OURS, bound=">= 100" if bounded else None)
 

@@ -13,7 +13,7 @@ BENCHMARKS = {
 
 
 def run(name: str, device: str, repeats: int, quick: bool, clock: str = "wall") -> list[Result]:
-    """Runs one benchmark and prints its results as they come."""
+    """Runs a benchmark, and prints each result."""
     logging.set_verbosity_error()
     use_clock(clock)
     results = []

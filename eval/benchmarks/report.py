@@ -1,4 +1,4 @@
-"""Where and with what the ratios were measured, as JSON and as a Markdown table."""
+"""The report of the benchmarks, as JSON and as a Markdown table, with machine and versions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def write(results: list[Result], folder: Path, device: str, command: str) -> list[Path]:
-    """Writes `benchmarks_<device>.json` and `.md`; returns their paths."""
+    """Writes `benchmarks_<device>.json` and `.md`. Returns their paths."""
     where, what = machine(device), versions()
     document = {
         "command": command,
@@ -78,15 +78,15 @@ def _measured(result: Result) -> str:
 def _markdown(results: list[Result], where: dict, what: dict, command: str) -> str:
     return "\n".join(
         [
-            f"# What steering costs: {where['gpu'] if where['gpu'] != 'none used' else where['cpu']}",
+            f"# The cost of steering: {where['gpu'] if where['gpu'] != 'none used' else where['cpu']}",
             "",
             f"    {command}",
             "",
             "- Machine: " + ", ".join(f"{name} {value}" for name, value in where.items()),
             "- Versions: " + ", ".join(f"{name} {value}" for name, value in what.items()),
             "",
-            "Each ratio is the median over rounds of the ratio within a round, both sides in one process, alternated,",
-            "over the same base weights. Saved bytes do not vary.",
+            "Each ratio is the median over rounds of the ratio in each round. Both sides run alternately in one",
+            "process, with the same base weights. Saved bytes are deterministic.",
             "",
             table(results),
             "",

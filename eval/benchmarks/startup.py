@@ -1,10 +1,9 @@
-"""What `trl_steer_autoload.pth` adds to the start of a bare interpreter.
+"""The cost of `trl_steer_autoload.pth` for the start of the Python interpreter.
 
-Two virtual environments as `python -m venv` makes them, one of them with the `.pth` file and its module as a wheel
-installs them. Each start of one is followed by a start of the other. Where the system tells the processor time of a
-start it is that which counts: it is steadier than what a clock on the wall says. Python runs the `.pth` files of a
-virtual environment twice, so elsewhere the cost is a little less; where there is no other `.pth` file, setuptools' for
-one, nobody else has warmed the import system up, and the share is about 1% more.
+Starts the interpreters of two virtual environments alternately, of which one has the `.pth` file and its module.
+Measures CPU time if the system provides it, because it varies less than wall time. Python runs the `.pth` files of a
+virtual environment twice, so the cost is smaller elsewhere. It is about 1% larger without other `.pth` files, such as
+that of setuptools, which import the same modules.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from .harness import Result, compare
 NAME = "startup"
 MODULE = "trl_steer_autoload"
 WITH, WITHOUT = f"with {MODULE}.pth", "without"
-# A start takes about ten milliseconds, and what is looked for is a hundredth of that.
+# A start takes about ten milliseconds, of which the difference is about 1%.
 STARTS_PER_REPEAT, WARM_UP = 100, 5
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields the ratio of a start with the file to one without. Nothing here depends on `device`."""
+    """Yields the ratio of starts with and without the file. Does not depend on `device`."""
     starts = repeats if quick else repeats * STARTS_PER_REPEAT
     times: dict[str, list[float]] = {WITH: [], WITHOUT: []}
     with tempfile.TemporaryDirectory() as folder:
         interpreters = {side: _environment(Path(folder, str(index))) for index, side in enumerate(times)}
         _install_autoload(interpreters[WITH])
         for index in range(starts + WARM_UP):
-            # whichever is second finds warmer caches, so they take turns
+            # alternating, because caches are warmer for the second one
             for side in (WITH, WITHOUT) if index % 2 else (WITHOUT, WITH):
                 times[side].append(_start(interpreters[side]))
     times = {side: values[WARM_UP:] for side, values in times.items()}
@@ -60,7 +59,7 @@ def _install_autoload(interpreter: Path) -> None:
     code = f"import sys; print([getattr(finder, '__name__', '') for finder in sys.meta_path].count({MODULE!r}))"
     found = subprocess.run([str(interpreter), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     if found != "1":
-        raise RuntimeError(f"{MODULE}.pth in {site_packages} should put one finder on sys.meta_path, found {found}.")
+        raise RuntimeError(f"Expected one finder of {MODULE}.pth in {site_packages} on sys.meta_path, got {found}.")
 
 
 def _start(interpreter: Path) -> float:
@@ -69,7 +68,7 @@ def _start(interpreter: Path) -> float:
     if hasattr(os, "wait4"):
         _, status, usage = os.wait4(os.posix_spawn(command[0], command, os.environ), 0)
         if status != 0:
-            raise RuntimeError(f"{command} ended with status {status}")
+            raise RuntimeError(f"{command} failed with status {status}.")
         return usage.ru_utime + usage.ru_stime
     start = time.perf_counter()
     subprocess.run(command, check=True)

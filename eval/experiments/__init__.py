@@ -1,1 +1,1 @@
-"""Experiments that are small enough to repeat at any time; their results are committed under `eval/results`."""
+"""Small experiments, whose results are in `eval/results`."""

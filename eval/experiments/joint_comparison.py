@@ -1,11 +1,11 @@
-"""Does joint adaptation in orthogonal subspaces beat naive joint training, LoRA and steering?
+"""Compares joint adaptation in orthogonal subspaces with naive joint training, LoRA and steering.
 
     python -m trl_steer.eval.experiments.joint_comparison --seeds 0 1 2
 
-Each method is the run of `trl-steer demo` on SmolLM2-135M-Instruct: the same generated ListOps examples, steps and
-schedule, learning rates that suit LoRA and steering alone, and 200 held-out examples of each seed scored by lm-eval.
-Runs that are finished are taken as they are, so more seeds can be added later; a seed for which one fails is left
-out. The paper's counterpart is Table 4 of arXiv 2603.00425.
+Each method is a run of `trl-steer demo` on SmolLM2-135M-Instruct, with the same generated ListOps examples, steps and
+schedule, the best learning rates of LoRA and steering alone, and 200 held-out examples per seed, evaluated with
+lm-eval. Finished runs are not repeated, so that seeds can be added later. A seed for which a run fails is left out.
+The corresponding experiment in the paper is Table 4 of arXiv 2603.00425.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Runs = Mapping[runs.Method, runs.Run]
 
 
 def train_and_score(seeds: Sequence[int], folder: Path, demo_arguments: Sequence[str] = ()) -> dict[int, Runs]:
-    """Makes the run `METHOD-seedN` of every method and seed. Returns those of each seed for which all have worked."""
+    """Makes the run `METHOD-seedN` for every method and seed. Returns the runs of the seeds for which none failed."""
     parser = argparse.ArgumentParser()
     preset.add_arguments(parser)
     console = Console()
@@ -58,7 +58,7 @@ def train_and_score(seeds: Sequence[int], folder: Path, demo_arguments: Sequence
 
 
 def summarize(made: Mapping[int, Runs]) -> dict:
-    """The accuracies, and how the orthogonal joint adapter differs from each other method on the same examples."""
+    """The accuracies, and the differences between the orthogonal joint adapter and the other methods."""
     rows, correct = {}, {}
     for method in METHODS:
         of_method = [of_seed[method] for of_seed in made.values()]
@@ -75,10 +75,10 @@ def summarize(made: Mapping[int, Runs]) -> dict:
 
 
 def difference(ours: Sequence[Sequence[bool]], theirs: Sequence[Sequence[bool]]) -> dict:
-    """How much better `ours` is on the same examples: one list for each seed.
+    """The difference of two accuracies on the same examples, with a list of answers for each seed.
 
-    Two sources of noise are looked at apart: which examples were drawn (bootstrap over all pairs, and the exact
-    McNemar test), and which seed trained (a t interval over seeds, wide with few of them).
+    There are separate intervals for the choice of examples (bootstrap over all pairs, with the exact McNemar test) and
+    for the seed (t interval over seeds).
     """
     by_seed = [statistics.fmean(a - b for a, b in zip(*pair, strict=True)) for pair in zip(ours, theirs, strict=True)]
     all_ours, all_theirs = ([answer for answers in side for answer in answers] for side in (ours, theirs))
@@ -93,7 +93,7 @@ def difference(ours: Sequence[Sequence[bool]], theirs: Sequence[Sequence[bool]])
 
 
 def verdict(summary: dict) -> str:
-    """One plain sentence for each comparison: beyond noise only where both intervals leave zero out."""
+    """A sentence for each comparison. A difference is significant if neither interval contains zero."""
     sentences = []
     for method, row in summary["differences"].items():
         intervals = (row["interval_95_examples"], row["interval_95_seeds"])
@@ -144,11 +144,14 @@ def to_markdown(summary: dict) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds")
     parser.add_argument("--runs", type=Path, default=Path("demo-run"), help="folder of the runs, finished or not")
     parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for the JSON and the table")
-    parser.epilog = "Other arguments, --model and --fast for example, go to `trl-steer demo`."
+    parser.epilog = "Other arguments, such as --model and --fast, are passed to `trl-steer demo`."
     options, demo_arguments = parser.parse_known_args(arguments)
     made = train_and_score(options.seeds, options.runs, demo_arguments)
     if not made:

@@ -1,22 +1,22 @@
-r"""Proposition 4.2 of arXiv 2603.00425 as an experiment: do weight and steering updates learn the same subspace?
+r"""Tests Proposition 4.2 of arXiv 2603.00425: do weight and steering updates learn the same subspace?
 
     python -m trl_steer.eval.experiments.proposition_4_2
 
-The model is `y = W phi(x) + S (x + phi(x))`: a weight update on features and a steering update on the whole residual
-stream. Both are low-rank, `W = B A` and `S = U D` with `B = U = 0` at the start, and are trained by full-batch
+The model is `y = W phi(x) + S (x + phi(x))`, with a weight update on features and a steering update on the residual
+stream. Both are low-rank, `W = B A` and `S = U D`, with `B = U = 0` at initialization. They are trained by full-batch
 gradient descent on the mean squared error to a teacher.
 
-Construction. There are `d` independent latents `u_i`, standard normal. With an orthogonal `V` and `a_i = 1 / (1 + i)`,
-inputs are `x = V diag(3 a) u` and features `phi(x) = V diag(1.6 b) tanh(u)`. The teacher is
-`y = T phi(x) + T (x + phi(x))` with a random orthogonal `T`, plus noise.
+There are `d` independent standard normal latents `u_i`. With an orthogonal `V` and `a_i = 1 / (1 + i)`, inputs are
+`x = V diag(3 a) u` and features `phi(x) = V diag(1.6 b) tanh(u)`. The teacher is `y = T phi(x) + T (x + phi(x))` with
+a random orthogonal `T`, plus noise.
 
-- *coinciding* teacher: `b = a`. Inputs and features are led by the same latents and share their leading singular
-  vectors; so do `Y Phi^T` and `Y H^T`, whose leading left singular vectors are what the two updates learn first.
-- *control* teacher: `b` is `a` reversed. Features are led by the latents that are weakest in the inputs.
+- *coinciding* teacher: `b = a`. The largest latents of inputs and features are the same, so that `Y Phi^T` and `Y H^T`
+  have the same leading left singular vectors, which the two updates learn first.
+- *control* teacher: `b` is `a` reversed. The largest latents of features are the smallest ones of inputs.
 
-Reported over training, naive and with the orthogonality constraint of section 5.2: the principal cosines between the
-column spaces of the two learned updates (the constraint fixes these by construction), and on held-out inputs the mean
-absolute cosine between the two *activation shifts* `W phi(x)` and `S (x + phi(x))`.
+Reported during training, naive and with the orthogonality constraint of section 5.2: the principal cosines between the
+column spaces of the two updates (which the constraint makes zero), and on held-out inputs the mean absolute cosine
+between the two activation shifts `W phi(x)` and `S (x + phi(x))`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def teacher(coinciding: bool, generator: torch.Generator) -> tuple[torch.Tensor,
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     basis, target = torch.linalg.qr(normal(D, D)).Q, torch.linalg.qr(normal(D, D)).Q
-    latents, strength = normal(2 * SAMPLES, D), 1 / (1 + torch.arange(D, dtype=torch.float64))
-    features = 1.6 * (strength if coinciding else strength.flip(0)) * torch.tanh(latents) @ basis.T
-    residual = 3 * strength * latents @ basis.T + features
+    latents, scale = normal(2 * SAMPLES, D), 1 / (1 + torch.arange(D, dtype=torch.float64))
+    features = 1.6 * (scale if coinciding else scale.flip(0)) * torch.tanh(latents) @ basis.T
+    residual = 3 * scale * latents @ basis.T + features
     y = (features + residual) @ target.T + 0.05 * normal(2 * SAMPLES, D)
     return features, residual, y
 
 
 def train(coinciding: bool, orthogonal: bool, seed: int, learning_rate: float = 0.02) -> list[dict[str, float]]:
-    """Gradient descent from zero. Returns one row for each step in `REPORT`."""
+    """Gradient descent. Returns a row for each step in `REPORT`."""
     generator = torch.Generator().manual_seed(seed)
     features, residual, y = teacher(coinciding, generator)
     A, Dn = (torch.randn(RANK, D, generator=generator, dtype=torch.float64) / D**0.5 for _ in range(2))
@@ -115,8 +115,11 @@ def to_markdown(results: list[dict], seeds: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
     parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for the JSON and the table")
     args = parser.parse_args()
     results = run(args.seeds)

@@ -1,1 +1,1 @@
-"""Studies: runs compared with one another."""
+"""Comparisons of runs."""

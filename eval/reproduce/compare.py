@@ -1,4 +1,4 @@
-"""`trl-steer compare RUN RUN`: is one run better than another on the same examples?"""
+"""`trl-steer compare RUN RUN`: compares two runs on the same examples with a paired test."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from ..runs import Run, RunError, open_run
 def main(argv: Sequence[str] | None = None, prog: str = "trl-steer compare") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Compares two runs on the examples that both were scored on: the difference of their accuracies "
+        description="Compares two runs on the tasks on which both were evaluated: the difference of their accuracies "
         "with a paired bootstrap interval, and the exact McNemar test.",
     )
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
@@ -30,12 +30,12 @@ def compare(first: Run, second: Run) -> list[str]:
     """A paragraph for each task.
 
     Raises:
-        RunError: if there is no task that both were scored on, or their examples differ.
+        RunError: The runs have no task in common, or their examples are different.
     """
     tasks = [task for task in first.tasks() if task in second.tasks()]
     if not tasks:
         had = [f"{run.folder} on {', '.join(run.tasks()) or 'none'}" for run in (first, second)]
-        raise RunError(f"There is no task that both runs were scored on: {', '.join(had)}.")
+        raise RunError(f"The runs have no task in common: {', '.join(had)}. Evaluate both on the same task.")
     return [_paragraph(task, first, second) for task in tasks]
 
 
@@ -44,8 +44,8 @@ def _paragraph(task: str, first: Run, second: Run) -> str:
     if examples[0] != examples[1]:
         shared = len({*examples[0]} & {*examples[1]})
         raise RunError(
-            f"{task}: a paired test needs the same examples in the same order, but the runs were scored on "
-            f"{len(examples[0])} and {len(examples[1])}, {shared} of them the same. Score both with the same data."
+            f"{task}: a paired test needs the same examples in the same order, but the runs were evaluated on "
+            f"{len(examples[0])} and {len(examples[1])} examples, {shared} in common. Evaluate both on the same data."
         )
     ours, theirs = first.correct(task), second.correct(task)
     difference, (low, high) = paired_bootstrap(ours, theirs)
@@ -57,7 +57,7 @@ def _paragraph(task: str, first: Run, second: Run) -> str:
             f"{task}, {len(pairs)} examples",
             *(f"  {sum(side) / len(side):.3f}  {run.folder}" for run, side in ((first, ours), (second, theirs))),
             f"  first minus second: {difference:+.3f}, 95% interval {low:+.3f} to {high:+.3f} (paired bootstrap)",
-            f"  right in the first alone {alone[0]}, in the second alone {alone[1]}: p = {p_value:.2g} (exact McNemar "
+            f"  correct only in the first {alone[0]}, only in the second {alone[1]}: p = {p_value:.2g} (exact McNemar "
             "test, two-sided)",
         ]
     )

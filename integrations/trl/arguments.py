@@ -1,7 +1,7 @@
-"""The arguments of `trl-steer sft`: ours, and the names of TRL's, checked without importing PyTorch.
+"""The arguments of `trl-steer sft`: ours and TRL's, checked without importing PyTorch.
 
-Importing TRL takes seconds, and most mistakes can be told without it: TRL's and accelerate's arguments are read from
-their source files.
+Importing TRL takes seconds. Most errors are found without it, because the arguments of TRL and accelerate are read
+from their source files.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trl_steer import presets
-from trl_steer.integrations.trl.known import ArgumentError, launcher_arguments, trl_arguments
+from trl_steer.integrations.trl.source_arguments import ArgumentError, launcher_arguments, trl_arguments
+from trl_steer.tasks.registry import TASKS
 
 
 @dataclass
 class SteeringArguments:
-    """What `trl-steer sft` has on top of TRL's arguments; see [`PostBlockSteeringConfig`] for the adapter's."""
+    """The arguments of `trl-steer sft` in addition to TRL's. See [`PostBlockSteeringConfig`] for those of the adapter.
+
+    Raises:
+        ValueError: `task_rows` is less than 1.
+    """
 
     _argument_group_name = "steering"
 
@@ -30,49 +35,51 @@ class SteeringArguments:
     preset: Literal["default", "paper", "steerling"] = field(
         default="default",
         metadata={
-            "help": "Where settings that are not given come from. "
+            "help": "Values of settings that are not given. "
             + "; ".join(f"{name}: {what}" for name, what in presets.PRESETS.items())
-            + ". --dry_run shows them, and which are guessed."
+            + ". --dry_run prints them, and which are guessed."
         },
     )
     steering_type: Literal["low_rank", "vector"] = field(
-        default="low_rank", metadata={"help": "Kind of update of --method sublayer, joint and joint_orth."}
+        default="low_rank", metadata={"help": "Type of steering for --method sublayer, joint and joint_orth."}
     )
     site: Literal["pre_mlp", "post_mlp", "post_attn"] = field(
-        default="post_mlp", metadata={"help": "Where in a block --method sublayer steers."}
+        default="post_mlp", metadata={"help": "The site in a block that --method sublayer steers."}
     )
     steering_r: int = field(default=8, metadata={"help": "Rank of low-rank steering."})
     steering_activation: str | None = field(
-        default=None, metadata={"help": "Activation inside low-rank steering, such as 'silu'; linear by default."}
+        default=None, metadata={"help": "Activation of low-rank steering, such as 'silu' (default: none, linear)."}
     )
     steering_scaling: float = field(default=1.0, metadata={"help": "Factor on the steering update."})
-    steering_dropout: float = field(default=0.0, metadata={"help": "Dropout inside low-rank steering."})
+    steering_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of low-rank steering."})
     steering_init_scale: float = field(
         default=1.0, metadata={"help": "Factor on the initial down projection of low-rank steering."}
     )
     steering_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks to steer, such as 0 1 2; all by default."}
+        default=None, metadata={"help": "Indices of the blocks to steer, such as 0 1 2 (default: all)."}
     )
     task: str | None = field(
         default=None,
         metadata={
-            "help": "Train on one of our benchmarks (`trl-steer tasks` lists them). --dataset_name and "
-            "--dataset_config then name another copy of its data set."
+            "help": "Train on one of our tasks: " + ", ".join(TASKS) + ". With it, --dataset_name and "
+            "--dataset_config are for another copy of its data set (default: none)."
         },
     )
     task_splits: Literal["default", "steerling"] = field(
         default="default",
-        metadata={"help": "'default': what the lm-eval tasks hold out; 'steerling': the splits of the paper's code."},
+        metadata={"help": "'default': the splits of the lm-eval tasks; 'steerling': the splits of the authors' code."},
     )
     task_conversational: bool = field(
         default=False,
-        metadata={"help": "Train on chat messages; evaluate with lm-eval's --apply_chat_template then."},
+        metadata={"help": "Train on chat messages, to evaluate with lm-eval's --apply_chat_template."},
     )
-    task_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
+    task_rows: int | None = field(
+        default=None, metadata={"help": "Use only the first rows of each split, this many (default: all)."}
+    )
     train_end_token: bool = field(
-        default=True, metadata={"help": "Whether prompt-completion examples end in the end-of-text token."}
+        default=True, metadata={"help": "Whether to end prompt-completion examples with the EOS token."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print the settings, and do nothing else."})
+    dry_run: bool = field(default=False, metadata={"help": "Only print the settings."})
 
     def __post_init__(self):
         if self.task_rows is not None and self.task_rows < 1:
@@ -82,11 +89,11 @@ class SteeringArguments:
 @dataclass(frozen=True)
 class Request:
     """
-    What the command line and the config file ask for.
+    The arguments on the command line and in the config file.
 
     Attributes:
-        given (`dict[str, Any]`): All arguments by name, as text where they come from the command line.
-        ours (`SteeringArguments`): Ours among them, with the preset's settings and defaults.
+        given (`dict[str, Any]`): All given arguments by name. Those of the command line are strings.
+        ours (`SteeringArguments`): Our arguments, with the settings of the preset and defaults.
     """
 
     given: dict[str, Any]
@@ -94,11 +101,11 @@ class Request:
 
     @property
     def shows_traceback(self) -> bool:
-        """Whether `--debug` was given, without a value: with one it is transformers'."""
+        """Whether `--debug` was given without a value. With a value, it is an argument of transformers."""
         return self.given.get("debug") is True
 
     def settings(self) -> presets.Settings:
-        """What the preset sets and the request does not."""
+        """The settings of the preset that were not given."""
         ours = self.ours
         found = presets.settings(ours.preset, ours.method, ours.task, ours.steering_type)
         return presets.Settings(
@@ -108,14 +115,14 @@ class Request:
 
 
 def read(argv: Sequence[str], **defaults: Any) -> Request:
-    """Reads and checks the arguments, and the config file that they may name.
+    """Reads and checks the command line and the config file.
 
     Args:
         argv (`Sequence[str]`): The command line.
-        defaults: Values of our arguments that go before their own defaults.
+        defaults: Other defaults of our arguments.
 
     Raises:
-        ArgumentError: Something is unknown, or has a value that it cannot have.
+        ArgumentError: An argument is unknown or has an invalid value.
     """
     on_command_line = _read_command_line(argv)
     config = on_command_line.pop("config", None)
@@ -125,7 +132,7 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
     for where, names in (("", on_command_line), (f"{config}: ", in_file)):
         for name, value in names.items():
             if name not in own and name not in known and name not in launcher and name != "env":
-                raise ArgumentError(f"{where}unknown argument {_spelled(name, where)}{_similar(name, [*own, *known])}")
+                raise ArgumentError(f"{where}unknown argument {_flag(name, where)}{_suggestion(name, [*own, *known])}")
             if name in known:
                 _check_type(where, name, value, known[name].annotation)
     given = {**defaults, **in_file, **on_command_line}
@@ -138,8 +145,9 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
     has_lora = ours.method in ("lora", *presets.JOINT)
     if "use_peft" in given and (str(given["use_peft"]).lower() in ("true", "1", "yes")) != has_lora:
         raise ArgumentError(
-            f"--use_peft is TRL's way to ask for LoRA, and --method {ours.method} has "
-            f"{'a' if has_lora else 'no'} LoRA half. Leave it out; --method lora, joint and joint_orth have LoRA."
+            f"--use_peft {given['use_peft']} cannot be used with --method {ours.method}, which "
+            f"{'trains' if has_lora else 'does not train'} LoRA. Leave it out, and select LoRA with --method lora, "
+            "joint or joint_orth."
         )
     request = Request(given, ours)
     for name, value in request.settings().values.items():
@@ -157,7 +165,7 @@ def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:
             name = name.replace("-", "_")
             found[name] = value if equals else True
         elif name is None:
-            raise ArgumentError(f"{word!r} is no argument; arguments begin with --.")
+            raise ArgumentError(f"Unexpected {word!r}. Arguments start with --.")
         elif found[name] is True:
             found[name] = word
         else:
@@ -171,25 +179,24 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError(f"--config {path} cannot be read: {error.strerror}.") from error
+        raise ArgumentError(f"Can't read --config {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ArgumentError(f"--config {path} is no text file.") from error
+        raise ArgumentError(f"--config {path} is not a text file.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ArgumentError(f"{path}{line}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ArgumentError(f"{path}{line}: invalid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ArgumentError(f"{path} must hold names and values, one `name: value` a line.")
+        raise ArgumentError(f"{path} must contain arguments, one `name: value` per line.")
     return values
 
 
 def _value(own: Any, value: Any) -> Any:
-    """The value of one of our arguments, of its type."""
-    annotation, spelled = annotation_of(own.name), f"{own.name}: {value!r}"
-    allowed = choices(own.name)
+    """The value of one of our arguments, converted to its type."""
+    annotation, allowed = annotation_of(own.name), choices(own.name)
     if allowed:
         if value not in allowed:
-            raise ArgumentError(f"{spelled} is unknown; use one of {', '.join(allowed)}.")
+            raise ArgumentError(f"{own.name} must be one of {', '.join(allowed)}, got {value!r}.")
         return value
     if value is None:
         if "None" not in annotation:
@@ -198,7 +205,7 @@ def _value(own: Any, value: Any) -> Any:
     if annotation.startswith("list[int]"):
         return [_number(own.name, item, int) for item in (value if isinstance(value, list) else [value])]
     if annotation.startswith("bool"):
-        return _truth(own.name, value)
+        return _bool(own.name, value)
     if value is True or isinstance(value, (list, dict)):
         raise ArgumentError(f"{own.name} needs one value, got {value!r}.")
     if annotation.startswith("int"):
@@ -207,27 +214,27 @@ def _value(own: Any, value: Any) -> Any:
 
 
 def annotation_of(name: str) -> str:
-    """The type of one of our arguments as it is written above; a field's own is replaced by transformers' parser."""
+    """The type of one of our arguments as in the source, because transformers' parser changes the types of fields."""
     return SteeringArguments.__annotations__[name]
 
 
 def choices(name: str) -> list[str]:
-    """The values that one of our arguments can have, none where these are not listed."""
+    """The values of one of our arguments whose type is a `Literal`, otherwise none."""
     annotation = annotation_of(name)
     return ast.literal_eval(annotation.removeprefix("Literal")) if annotation.startswith("Literal") else []
 
 
 def _check_type(where: str, name: str, value: Any, annotation: str) -> None:
     plain = annotation.replace("Optional[", "").replace("]", "").replace(" ", "").removesuffix("|None")
-    spelled = where + name
+    name = where + name
     if isinstance(value, list) and not any(part in annotation for part in ("list", "tuple", "Sequence", "Any")):
-        raise ArgumentError(f"{spelled} takes one value, got {' '.join(map(str, value))}.")
+        raise ArgumentError(f"{name} takes one value, got {' '.join(map(str, value))}.")
     if not isinstance(value, (str, int, float)):
         return
     if plain in ("int", "float"):
-        _number(spelled, value, int if plain == "int" else float)
+        _number(name, value, int if plain == "int" else float)
     elif plain == "bool":
-        _truth(spelled, value)
+        _bool(name, value)
 
 
 def _number(name: str, value: Any, kind: type) -> Any:
@@ -240,17 +247,17 @@ def _number(name: str, value: Any, kind: type) -> Any:
         raise ArgumentError(f"{name} must be {what}, got {value!r}.") from None
 
 
-def _truth(name: str, value: Any) -> bool:
+def _bool(name: str, value: Any) -> bool:
     words = {"true": True, "1": True, "yes": True, "y": True, "false": False, "0": False, "no": False, "n": False}
     if str(value).lower() not in words:
         raise ArgumentError(f"{name} must be true or false, got {value!r}.")
     return words[str(value).lower()]
 
 
-def _spelled(name: str, where: str) -> str:
+def _flag(name: str, where: str) -> str:
     return name if where else f"--{name}"
 
 
-def _similar(name: str, known: Sequence[str]) -> str:
+def _suggestion(name: str, known: Sequence[str]) -> str:
     found = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {found[0]}?" if found else "; --help shows those that there are."
+    return f"; did you mean {found[0]}?" if found else "; see --help for all arguments."

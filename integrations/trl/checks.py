@@ -1,4 +1,4 @@
-"""Checks of the files and folders that arguments name, before anything heavy is imported."""
+"""Checks of files, folders and Hub ids in the arguments, without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from trl_steer.checkpoint_names import check_folder, check_on_hub
-from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.integrations.trl.source_arguments import ArgumentError
 
 
-def check_places(given: Mapping[str, Any]) -> None:
-    """Makes sure that files and folders that are named can be read or made.
+def check_paths(given: Mapping[str, Any]) -> None:
+    """Checks that the model and the data exist, and creates the output folder.
 
     Raises:
-        ArgumentError: They cannot; the message says which line of a file is wrong.
+        ArgumentError: They do not, or a row has an unknown format, or the folder cannot be created.
     """
     model = given.get("model_name_or_path")
     if not isinstance(model, str):
-        raise ArgumentError("--model_name_or_path is missing; give a Hub id or the folder of a checkpoint.")
+        raise ArgumentError("--model_name_or_path is missing. Pass a Hub id or the folder of a checkpoint.")
     try:
         check_folder(model)
     except FileNotFoundError as error:
-        raise ArgumentError(f"--model_name_or_path {error}") from error
+        raise ArgumentError(f"--model_name_or_path: {error}") from error
     _check_data(given)
     output = Path(str(given.get("output_dir") or "trainer_output"))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(f"--output_dir {output} cannot be made: {error.strerror}.") from error
+        raise ArgumentError(f"Can't create --output_dir {output}: {error.strerror}.") from error
     try:
         check_on_hub(model, given.get("model_revision"))
     except FileNotFoundError as error:
@@ -39,18 +39,22 @@ def check_places(given: Mapping[str, Any]) -> None:
 def _check_data(given: Mapping[str, Any]) -> None:
     sources = [name for name in ("task", "datasets", "dataset_name") if given.get(name)]
     if not sources:
-        raise ArgumentError("There is no data to train on; give --task, --dataset_name or, in the config, `datasets`.")
+        raise ArgumentError(
+            "No data to train on. Pass --task or --dataset_name, or set `datasets` in the config file."
+        )
     if given.get("task"):
         from trl_steer.tasks import TASKS
 
         if given["task"] not in TASKS:
-            raise ArgumentError(f"There is no task named {given['task']!r}. Choose one of: {', '.join(TASKS)}.")
+            raise ArgumentError(f"There is no task {given['task']!r}. Choose one of: {', '.join(TASKS)}.")
         if given.get("datasets"):
-            raise ArgumentError(f"Both --task {given['task']} and `datasets` were given, but a run has one data set.")
+            raise ArgumentError(
+                f"--task {given['task']} and `datasets` cannot be used together. Leave out one of them."
+            )
         return
     name = str(given.get("dataset_name") or "")
     if name and Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet") and not Path(name).is_file():
-        raise ArgumentError(f"--dataset_name {name}: there is no such file.")
+        raise ArgumentError(f"--dataset_name: there is no file {name}.")
     files = [name] if Path(name).is_file() else []
     for file in _files_of_mixture(given.get("datasets")):
         if not Path(file).is_file():
@@ -62,7 +66,7 @@ def _check_data(given: Mapping[str, Any]) -> None:
 
 
 def _files_of_mixture(parts: Any) -> list[str]:
-    """Files on this machine that TRL's `datasets` names one by one."""
+    """Local files in TRL's `datasets`, without patterns and URLs."""
     files: list[str] = []
     for part in parts if isinstance(parts, list) else []:
         if isinstance(part, dict) and part.get("path") in ("json", "csv", "parquet"):
@@ -82,19 +86,19 @@ def _check_jsonl(path: str) -> None:
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{path} is not UTF-8 text: {error.reason}.") from error
     if not count:
-        raise ArgumentError(f"{path} holds no rows.")
+        raise ArgumentError(f"{path} has no rows.")
 
 
 def _check_row(where: str, line: str) -> None:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ArgumentError(f"{where}: this is no JSON: {error}.") from error
+        raise ArgumentError(f"{where}: invalid JSON: {error}.") from error
     known = isinstance(row, dict) and (
         {"prompt", "completion"} <= row.keys() or row.keys() & {"messages", "text", "input_ids"}
     )
     if not known:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ArgumentError(
-            f"{where}: expected the columns `prompt` and `completion`, `messages`, or `text`, found {found or 'none'}."
+            f"{where}: expected the columns `prompt` and `completion`, `messages`, or `text`, got {found or 'none'}."
         )

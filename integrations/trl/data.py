@@ -1,4 +1,4 @@
-"""The data of `trl-steer sft`: one of our benchmarks, a file, a data set of the Hub, or a mixture of them."""
+"""The data of `trl-steer sft`: one of our tasks, a file, a data set on the Hub, or a mixture of data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_steer.integrations.trl.arguments import SteeringArguments
-from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.integrations.trl.source_arguments import ArgumentError
 from trl_steer.tasks import load_task
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -16,16 +16,16 @@ def load_dataset(ours: SteeringArguments, script: Any, training: Any, mixture: A
     """The splits to train and evaluate on, as a `DatasetDict`.
 
     Raises:
-        ArgumentError: They cannot be had, or a split is not there.
+        ArgumentError: The data set cannot be loaded, or a split is missing.
     """
     splits = _load(ours, script, mixture)
     needed = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
     for name in needed:
         if name not in splits:
             raise ArgumentError(
-                f"The data set gives {', '.join(map(str, splits))} and no {name}. Name another copy with "
-                "--dataset_name or --dataset_config, or another split with --dataset_train_split or "
-                "--dataset_test_split."
+                f"The data set has no split {name}, only {', '.join(map(str, splits))}. Choose another split with "
+                "--dataset_train_split or --dataset_test_split, or another copy with --dataset_name or "
+                "--dataset_config."
             )
     if not ours.train_end_token:
         from transformers import AutoTokenizer
@@ -60,7 +60,7 @@ def _load(ours: SteeringArguments, script: Any, mixture: Any) -> Any:
 
 
 def load_task_rows(ours: SteeringArguments, dataset_path: str | None, config: str | None) -> Any:
-    """The splits of `--task`, its first rows only where `--task_rows` says so."""
+    """The splits of `--task`, limited to `--task_rows`."""
     given = {"dataset_path": dataset_path, "config": config}
     source = {key: value for key, value in given.items() if value is not None}
     splits = load_task(str(ours.task), ours.task_splits, conversational=ours.task_conversational, **source)
@@ -70,9 +70,9 @@ def load_task_rows(ours: SteeringArguments, dataset_path: str | None, config: st
 
 
 def without_end_token(row: dict, tokenizer: Any) -> dict[str, list[int]]:
-    """A prompt-completion example in TRL's tokenized form, without the end-of-text token that TRL would add."""
+    """A prompt-completion example in TRL's tokenized format, without the EOS token that TRL would add."""
     prompt = tokenizer(row["prompt"])["input_ids"]
-    whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-    if tokenizer.eos_token_id is not None and whole and whole[-1] == tokenizer.eos_token_id:
-        whole = whole[:-1]
-    return {"input_ids": whole, "completion_mask": [0] * len(prompt) + [1] * (len(whole) - len(prompt))}
+    ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+    if tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return {"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))}

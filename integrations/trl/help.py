@@ -1,4 +1,4 @@
-"""What `trl-steer sft --help` and `--dry_run` print, generated from what is used."""
+"""The output of `trl-steer sft --help` and `--dry_run`."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ import yaml
 
 from trl_steer import presets
 from trl_steer.integrations.trl.arguments import Request, SteeringArguments, annotation_of, choices
-from trl_steer.integrations.trl.known import trl_arguments
+from trl_steer.integrations.trl.source_arguments import trl_arguments
 
 
 def help_text(prog: str, method: str | None = None) -> str:
-    """What `--help` prints. `method` is the one that the command is made for, if it is made for one."""
+    """The output of `--help`. `method` is the default of `--method`, if the command has another one."""
     lines = [
         f"usage: {prog} --model_name_or_path MODEL --output_dir DIR (--task TASK | --dataset_name DATA) [arguments]",
         "",
-        "Fine-tunes with TRL's SFTTrainer: steering of every kind, LoRA, both together, or all parameters.",
-        "--config FILE.yaml gives arguments as `name: value`; the command line goes before it. Options of",
-        "`accelerate launch` (--num_processes 2, --accelerate_config fsdp2) start it under the launcher.",
+        "Fine-tunes a model with TRL's SFTTrainer: steering, LoRA, both together, or all parameters.",
+        "--config FILE.yaml reads arguments from a file, as `name: value`; the command line takes precedence. With",
+        "options of `accelerate launch` (--num_processes 2, --accelerate_config fsdp2), it runs under the launcher.",
         "",
         "Data: --task, or --dataset_name with a Hub id or a file (.jsonl, .json, .csv, .parquet) whose rows have",
         "`prompt` and `completion`, `messages`, or `text`.",
         "",
-        "our arguments:",
+        "arguments of trl-steer:",
     ]
     for own in fields(SteeringArguments):
         default = method if own.name == "method" and method else own.default
         shown = "" if default in (None, MISSING) else f" (default: {default})"
         lines += _entry(f"--{own.name} {'|'.join(choices(own.name)) or _metavar(annotation_of(own.name))}", own, shown)
-    lines += ["  --debug", "      Show the traceback of an error."]
+    lines += ["  --debug", "      Show the traceback of an error (default: False)."]
     lines += ["", "defaults that depend on the method (--preset default):"]
     for name in [method] if method else presets.METHODS:
         values = presets.settings("default", name).values
         lines.append(f"  {name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in values.items()))
     lines += [
         "",
-        "logged besides TRL's metrics by joint training: lora_norm and steering_norm, the norms of the two halves;",
-        "steering_overlap, the largest max |Q^T W| / ||W|| of a block before it was projected (0: orthogonal);",
-        "steering_norm_kept, the share of the steering's norm that projecting left.",
+        "metrics of joint training: lora_norm and steering_norm, the norms of the parameters; steering_overlap, the",
+        "largest max |Q^T W| / ||W|| of a block before projections (0: orthogonal); steering_norm_kept, the smallest",
+        "ratio of the norms of W after and before a projection.",
         "",
-        "TRL's arguments, see `trl sft --help` for what they do:",
+        "TRL's arguments (see `trl sft --help` for their descriptions and defaults):",
     ]
     lines += _wrapped(sorted(trl_arguments()))
     return "\n".join(lines)
@@ -70,7 +70,7 @@ def _wrapped(names: Sequence[str]) -> list[str]:
 
 
 def dry_run(request: Request) -> str:
-    """All that decides the result, as YAML: what was given, what the preset sets, and what of that is guessed."""
+    """All settings as YAML: those given, those of the preset, and which of them are guessed."""
     settings = request.settings()
     own = {f.name: getattr(request.ours, f.name) for f in fields(SteeringArguments)}
     values = {**settings.values, **{k: _plain(v) for k, v in request.given.items()}, **own}
@@ -81,7 +81,7 @@ def dry_run(request: Request) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of the command line as the config file would have it; YAML takes 3e-4 for a word, and JSON does not."""
+    """A value of the command line as in a config file. JSON first, because YAML reads 3e-4 as a string."""
     if not isinstance(value, str):
         return value
     try:

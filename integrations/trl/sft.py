@@ -1,10 +1,11 @@
-"""The training script: `trl-steer sft`, or under a launcher
+"""Fine-tuning with TRL's `SFTTrainer`: steering, LoRA, both together, or all parameters.
+
+Run it with `trl-steer sft`, or with a launcher:
 
     accelerate launch -m trl_steer.integrations.trl.sft --config recipe.yaml
 
-Steering of every kind, LoRA, both together and full fine-tuning, with TRL's `SFTTrainer` and all of its arguments.
-`--method` says what is trained, `--preset` where settings that are not given come from, and `--task` names one of our
-benchmarks as the data set.
+It takes all arguments of TRL's `sft` script. `--method` selects what is trained, `--preset` the values of settings
+that are not given, and `--task` one of our tasks as the data set.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_steer.integrations.trl.arguments import Request, SteeringArguments, read
-from trl_steer.integrations.trl.checks import check_places
-from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.integrations.trl.checks import check_paths
+from trl_steer.integrations.trl.source_arguments import ArgumentError
 from trl_steer.presets import JOINT, METHODS
 
 MODULE = "trl_steer.integrations.trl.sft"
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None, method: str | None = None) -> int:
-    """Runs the command and returns its exit status; what a user can mend is said in one line.
+    """Runs the command and returns its exit status: 0 for success, 1 for an error, 2 for invalid arguments, 130 for
+    Ctrl-C. Errors are printed as one line, or with a traceback if `--debug` is given.
 
     Args:
-        argv (`Sequence[str]`, *optional*): The command line, by default that of the process.
+        argv (`Sequence[str]`, *optional*): The arguments. Default: `sys.argv[1:]`.
         prog (`str`, *optional*): Name of the command.
-        method (`str`, *optional*): The default of `--method`.
+        method (`str`, *optional*): Default of `--method`.
     """
     name, argv = prog or MODULE, sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, method: str
 
             print(dry_run(request), end="")
             return 0
-        check_places(request.given)
+        check_paths(request.given)
     except ArgumentError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
@@ -52,8 +54,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, method: str
     except KeyboardInterrupt:
         folder = request.given.get("output_dir")
         print(
-            f"\n{name}: stopped. Checkpoints in {folder} are kept; the same command with "
-            "--resume_from_checkpoint true goes on from the last one.",
+            f"\n{name}: stopped. To continue from the last checkpoint in {folder}, run the same command with "
+            "--resume_from_checkpoint true.",
             file=sys.stderr,
         )
         return 130
@@ -74,7 +76,7 @@ def _run(request: Request, argv: Sequence[str]) -> int:
 
     parsed, launch_options = parse(request, argv)
     method = [] if "method" in request.given and "--method" in argv else ["--method", request.ours.method]
-    status = launching.launched(MODULE, launch_options, [*argv, *method])
+    status = launching.launch(MODULE, launch_options, [*argv, *method])
     if status is None:
         train(request, *parsed[:-1])
         status = 0
@@ -82,10 +84,10 @@ def _run(request: Request, argv: Sequence[str]) -> int:
 
 
 def parse(request: Request, argv: Sequence[str]) -> tuple[tuple, list[str]]:
-    """TRL's own argument objects, in TRL's order, and then [`SteeringArguments`]; and the options of the launcher.
+    """TRL's argument objects, in TRL's order, followed by [`SteeringArguments`]; and the options of the launcher.
 
     Raises:
-        ArgumentError: TRL refuses a value.
+        ArgumentError: A value is invalid.
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
@@ -100,7 +102,7 @@ def parse(request: Request, argv: Sequence[str]) -> tuple[tuple, list[str]]:
 
     class Parser(TrlParser):
         def error(self, message: str):
-            raise ArgumentError(message)  # argparse would print its usage, hundreds of lines of it, and exit
+            raise ArgumentError(message)  # argparse would print hundreds of lines of usage
 
     parser = Parser(types)
     parser.set_defaults(**request.settings().values, **_device(request))
@@ -115,7 +117,7 @@ def parse(request: Request, argv: Sequence[str]) -> tuple[tuple, list[str]]:
 
 
 def _device(request: Request) -> dict[str, Any]:
-    """Precision and device, where neither was given: bf16 where the machine has it, else float32; said in a line."""
+    """Arguments for the device and the precision, if neither was given: bf16 if it is supported, else float32."""
     import torch
 
     if request.given.keys() & {"bf16", "fp16", "use_cpu", "accelerate_config", "config_file", "mixed_precision"}:
@@ -134,8 +136,9 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     """Trains and saves to `--output_dir`, as TRL's script does. Returns the trainer.
 
     Raises:
-        ValueError: The data set, the model or the adapter do not fit what was asked for.
-        TrainingDivergedError: Training diverges.
+        ArgumentError: The data set cannot be loaded.
+        ValueError: The adapter does not match the model, or the distributed setup is not supported.
+        TrainingDivergedError: Training diverged.
     """
     from trl import SFTTrainer, get_quantization_config
 
@@ -170,7 +173,7 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
         callbacks=[DivergenceCallback()],
     )
     trainable, total = _parameters(trainer.model)
-    trainer.accelerator.print(f"{METHODS[request.ours.method]}: {trainable:,} of {total:,} parameters are trained.")
+    trainer.accelerator.print(f"{METHODS[request.ours.method]}: training {trainable:,} of {total:,} parameters.")
     if not finished:
         trainer.train(resume_from_checkpoint=checkpoint)
     elif adapter is not None:
@@ -186,7 +189,7 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
 
 
 def peft_config(request: Request, model_args: Any) -> Any:
-    """The adapter that the arguments ask for; `None` for full fine-tuning."""
+    """The configuration of the adapter, `None` for full fine-tuning."""
     from trl import get_peft_config
 
     from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
@@ -226,7 +229,7 @@ def _parameters(model: Any) -> tuple[int, int]:
 def _in_one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
-    return text if len(text) < 600 else f"{text[:600]} ... (--debug shows all of it)"
+    return text if len(text) < 600 else f"{text[:600]} ... (use --debug for the full message)"
 
 
 if __name__ == "__main__":

@@ -112,4 +112,4 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         main(["--device", "cuda"])
-    assert "no GPU" in capsys.readouterr().err
+    assert "needs a GPU" in capsys.readouterr().err

@@ -18,5 +18,5 @@ def test_other_answers_are_an_error(monkeypatch):
         return ["<answer>1</answer>"] * len(requests)
 
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", wrong)
-    with pytest.raises(RuntimeError, match="batched evaluation changes answers"):
+    with pytest.raises(RuntimeError, match="Batches change the answers"):
         list(evaluation.run("cpu", repeats=2, quick=True))

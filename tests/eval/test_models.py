@@ -46,9 +46,9 @@ def test_without_an_adapter_it_is_the_model(model):
 
 
 def test_a_model_folder_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json"):
         models.resolve(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
         models.resolve(str(tmp_path / "absent"))
 
 

@@ -151,8 +151,8 @@ def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_line(finished, settings
     told = Told()
     runs.make(settings, run.folder, score_base=True, report=told)
     assert told.notes == [
-        "checkpoint-16 was cut off while it was written; it is skipped.",
-        "Going on from step 15.",
+        "Skipping checkpoint-16, which is incomplete.",
+        "Resuming from step 15.",
     ]
     assert (16, 18) in told.steps
     assert (15, 18) not in told.steps
@@ -238,7 +238,7 @@ def test_a_folder_of_somebody_else_is_refused_untouched(content, overwrite, sett
     if content is not None:
         (tmp_path / "settings.json").write_text(content)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(runs.RunError, match="is not empty and holds no run"):
+    with pytest.raises(runs.RunError, match="is not empty, and not the folder of a run"):
         runs.make(settings, tmp_path, overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -326,7 +326,7 @@ def test_a_full_disk_is_named_whatever_the_library_calls_it(settings, copy, monk
 
 def test_a_folder_that_cannot_be_made_is_a_line(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(runs.RunError, match="is a file; give a folder"):
+    with pytest.raises(runs.RunError, match="is a file. Choose a folder"):
         runs.make(settings, tmp_path / "file")
     with pytest.raises(runs.RunError, match="Not a directory"):
         runs.make(settings, tmp_path / "file" / "run")
@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_made_is_a_line(settings, tmp_path):
 
 def test_a_model_that_is_not_there_is_a_line(settings, tmp_path):
     missing = dataclasses.replace(settings, model=str(tmp_path / "absent"))
-    with pytest.raises(runs.RunError, match="there is no such folder"):
+    with pytest.raises(runs.RunError, match="There is no folder"):
         runs.make(missing, tmp_path / "run")
 
 

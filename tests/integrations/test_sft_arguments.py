@@ -11,8 +11,8 @@ import yaml
 import trl_steer.integrations
 from trl_steer.integrations.trl import sft
 from trl_steer.integrations.trl.arguments import read
-from trl_steer.integrations.trl.checks import check_places
-from trl_steer.integrations.trl.known import ArgumentError
+from trl_steer.integrations.trl.checks import check_paths
+from trl_steer.integrations.trl.source_arguments import ArgumentError
 
 RECIPES = Path(trl_steer.integrations.__path__[0], "trl", "recipes")
 NOTHING_HEAVY = (
@@ -70,22 +70,22 @@ WRONG = {
     "word for one of ours": (["--steering_r", "many"], ["steering_r must be an integer", "many"]),
     "no truth value": (["--bf16", "maybe"], ["bf16 must be true or false"]),
     "one word too many": (["vector"], ["dataset_name takes one value, got good.jsonl vector"]),
-    "absent config": (["--config", "absent.yaml"], ["absent.yaml cannot be read"]),
+    "absent config": (["--config", "absent.yaml"], ["Can't read --config absent.yaml"]),
     "broken config": (["--config", "broken.yaml"], ["broken.yaml, line 2"]),
-    "config without names": (["--config", "list.yaml"], ["list.yaml must hold names and values"]),
+    "config without names": (["--config", "list.yaml"], ["list.yaml must contain arguments"]),
     "mistyped config": (["--config", "mistyped.yaml"], ["mistyped.yaml", "methd", "did you mean method?"]),
     "wrong value in config": (["--config", "words.yaml"], ["steering_r must be an integer"]),
-    "LoRA for steering alone": (["--use_peft"], ["--method low_rank has no LoRA half", "--method lora"]),
-    "unknown task": (["--task", "booq"], ["no task named 'booq'", "boolq"]),
-    "no such model": (["--model_name_or_path", "./nowhere"], ["./nowhere", "no such folder"]),
-    "unknown model": (["--model_name_or_path", "nobody/nothing"], ["nobody/nothing", "no model of that name"]),
+    "LoRA for steering alone": (["--use_peft"], ["--method low_rank, which does not train LoRA", "--method lora"]),
+    "unknown task": (["--task", "booq"], ["no task 'booq'", "boolq"]),
+    "no such model": (["--model_name_or_path", "./nowhere"], ["./nowhere", "There is no folder"]),
+    "unknown model": (["--model_name_or_path", "nobody/nothing"], ["no model nobody/nothing on the Hub"]),
     "folder without a model": (["--model_name_or_path", "no_model"], ["no config.json"]),
-    "no such data": (["--dataset_name", "absent.jsonl"], ["absent.jsonl", "no such file"]),
-    "malformed data": (["--dataset_name", "malformed.jsonl"], ["malformed.jsonl, line 2", "no JSON"]),
+    "no such data": (["--dataset_name", "absent.jsonl"], ["absent.jsonl", "there is no file"]),
+    "malformed data": (["--dataset_name", "malformed.jsonl"], ["malformed.jsonl, line 2", "invalid JSON"]),
     "other columns": (["--dataset_name", "columns.jsonl"], ["columns.jsonl, line 1", "`prompt`", "question, answer"]),
-    "no rows": (["--dataset_name", "empty.jsonl"], ["empty.jsonl holds no rows"]),
+    "no rows": (["--dataset_name", "empty.jsonl"], ["empty.jsonl has no rows"]),
     "absent file of a mixture": (["--config", "mixture.yaml"], ["no file absent.jsonl"]),
-    "output in a file": (["--output_dir", "a_file/out"], ["--output_dir a_file/out cannot be made"]),
+    "output in a file": (["--output_dir", "a_file/out"], ["Can't create --output_dir a_file/out"]),
     "rows": (["--task_rows", "0"], ["at least 1, got 0"]),
 }
 
@@ -159,4 +159,4 @@ def test_json_lines_are_checked_to_the_last(tmp_path):
     (tmp_path / "rows.jsonl").write_text(good * 2000 + "nonsense\n")
     argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", "some/model"]
     with pytest.raises(ArgumentError, match="line 2001"):
-        check_places(read(argv).given)
+        check_paths(read(argv).given)

@@ -74,11 +74,11 @@ def test_dataset_name_and_config_name_another_copy(hub, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--task", "booq"], "no task named 'booq'. Choose one of: boolq"),
-        (["--task", "boolq", "--task_splits", "paper"], "use one of default, steerling"),
+        (["--task", "booq"], "no task 'booq'. Choose one of: boolq"),
+        (["--task", "boolq", "--task_splits", "paper"], "must be one of default, steerling"),
         (["--task", "boolq", "--dataset_config", "nowhere"], "'nowhere' not found"),
-        (["--task", "boolq", "--dataset_train_split", "training"], "no training. Name another"),
-        (["--task", "boolq", "--dataset_test_split", "nope", "--eval_strategy", "steps"], "no nope. Name another"),
+        (["--task", "boolq", "--dataset_train_split", "training"], "no split training, only"),
+        (["--task", "boolq", "--dataset_test_split", "nope", "--eval_strategy", "steps"], "no split nope, only"),
     ],
 )
 def test_mistakes_are_said_in_one_line(hub, model_folder, tmp_path, capsys, arguments, said):

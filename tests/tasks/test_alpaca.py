@@ -66,9 +66,9 @@ def test_numbers_become_text_and_stay_an_input(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no rows"),
+        ("", "has no rows"),
         ('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": null}\n', "Row 1 of .* has no output"),
-        ("nothing of the kind", "cannot be read"),
+        ("nothing of the kind", "Can't read"),
     ],
 )
 def test_files_that_cannot_be_trained_on_are_said(tmp_path, text, said):
@@ -94,5 +94,5 @@ def test_the_training_script_takes_the_task_by_name(tmp_path):
     arguments = SteeringArguments(task="alpaca")
     assert load_task_rows(arguments, str(path), None)["train"].to_list() == EXAMPLES
     write(path, [{"question": "?"}])
-    with pytest.raises(ValueError, match="lacks instruction, output; expected the columns"):
+    with pytest.raises(ValueError, match=r"lacks instruction, output\. Expected the columns"):
         load_task_rows(arguments, str(path), None)

@@ -52,7 +52,7 @@ def test_value_agrees_with_a_recursion_over_the_tree(tree):
 @pytest.mark.parametrize(
     ("expression", "said"),
     [
-        ("[MIN 2 9", "no ']' closes"),
+        ("[MIN 2 9", "without a closing ']'"),
         ("[MIN 2 9 ] ]", "unexpected ']'"),
         ("[MIN ]", "unexpected ']'"),
         ("[MEAN 1 2 ]", r"unexpected '\[MEAN'.*\[MED"),
@@ -97,14 +97,14 @@ def test_splits_do_not_overlap_and_an_earlier_one_ignores_the_size_of_a_later_on
 
 
 def test_bounds_that_nothing_fits_are_an_error():
-    with pytest.raises(ValueError, match="the shortest list has 4"):
+    with pytest.raises(ValueError, match="max_tokens of at least 4"):
         listops.generate(1, seed=0, min_tokens=1, max_tokens=3)
     with pytest.raises(ValueError, match="between 9 and 8"):
         listops.generate(1, seed=0, min_tokens=9, max_tokens=8)
 
 
 def test_asking_for_more_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="Only 400 distinct expressions"):
+    with pytest.raises(ValueError, match="Found only 400 of 401 distinct expressions"):
         listops.generate(401, seed=0, max_tokens=4)
 
 

@@ -126,7 +126,7 @@ def test_prompt_ends_and_completion_begins_so_that_no_tokenizer_merges_across(be
 
 
 def test_unknown_task_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match=r"no task named 'booq'.*boolq, winogrande"):
+    with pytest.raises(ValueError, match=r"no task 'booq'.*boolq, winogrande"):
         get_task("booq")
 
 

@@ -114,7 +114,7 @@ def test_steerling_splits_are_those_of_the_authors_calls(hub, theirs):
 
 
 def test_unknown_splits_are_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match=r"no splits named 'paper'.*default, steerling"):
+    with pytest.raises(ValueError, match=r"no splits 'paper'.*default, steerling"):
         load_task("boolq", "paper")
 
 
@@ -208,7 +208,7 @@ def test_environment_that_is_no_object_of_objects_is_an_error_that_shows_one(hub
 
 
 def test_source_entry_that_does_not_exist_is_an_error_that_lists_those_that_do(hub):
-    with pytest.raises(ValueError, match=r"no subset.*dataset_path, config"):
+    with pytest.raises(ValueError, match=r"no entry subset.*dataset_path, config"):
         load_task("boolq", subset="boolq_offline")
 
 

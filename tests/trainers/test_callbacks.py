@@ -27,14 +27,14 @@ def test_noise_is_no_divergence(losses, caplog):
 @pytest.mark.parametrize("losses", [[2.0, 1.0, 4.1, 9.0, 9.0], [0.3, 0.1, 1.4, 1.5]])
 def test_a_loss_far_above_its_start_is_said_once(losses, caplog):
     (said,) = watch(losses, caplog)
-    assert "started from" in said
-    assert "Lower the learning rate, which is 0.003" in said
+    assert "the loss of the first step" in said
+    assert "Divide the learning rate of 0.003" in said
 
 
 def test_one_warning_is_enough_for_all_processes_and_also_after_a_run_was_resumed(caplog):
     assert watch([9.0, 9.0], caplog, resumed=[2.0, 9.0, 9.0]) == []
     assert watch([2.0, 9.0, 9.0], caplog, process=1) == []
-    assert "the 2 it started from" in watch([9.0, 9.0], caplog, resumed=[2.0])[0]
+    assert "the loss of the first step, 2" in watch([9.0, 9.0], caplog, resumed=[2.0])[0]
 
 
 @pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": float("inf")}])

@@ -1,4 +1,4 @@
-"""The tasks: one definition of each for training and for evaluation. Importing this loads nothing heavy."""
+"""The tasks, each defined once for training and evaluation. Importing this does not import `datasets`."""
 
 from trl_steer.tasks.base import Benchmark, Task
 from trl_steer.tasks.registry import BENCHMARKS, SIX, TASKS, get_task, load_task

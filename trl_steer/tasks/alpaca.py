@@ -1,10 +1,9 @@
-r"""Alpaca (Taori et al. 2023): instructions with the responses to learn, for instruction tuning.
+r"""Alpaca (Taori et al. 2023): instructions and responses, for instruction tuning.
 
-The data set is `yahma/alpaca-cleaned`, or any file whose rows have `instruction`, `output` and, where there is
-something to work on, `input`. All its rows are for training. There is no
-right answer to read from a response: it is judged as a whole, by AlpacaEval (`trl-steer alpaca-eval`).
+The data set is `yahma/alpaca-cleaned`, or a file with the columns `instruction`, `output` and optionally `input`. It
+only has a train split. Responses are evaluated with AlpacaEval (`trl-steer alpaca-eval`).
 
-The prompt is the one of Alpaca, in its two forms; with it, a response follows after `### Response:\n`.
+The prompt is Alpaca's, with or without an input, and ends in `### Response:\n`.
 
 >>> row = {"instruction": "Add them.", "input": "2 and 3", "output": "5"}
 >>> print(prompt(row) + completion(row))  # doctest: +NORMALIZE_WHITESPACE
@@ -39,12 +38,12 @@ _WITH_INPUT = (
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
-# What `datasets` calls the reader of a file, by the ending of its name.
+# Extension of a file name -> name of the builder in `datasets`.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def prompt(row: Row) -> str:
-    """The prompt with the row's input or, where that is empty or absent, the prompt without one."""
+    """The prompt with the row's input, or without one if it is empty or missing."""
     given = row.get("input")
     if given:
         return f"{_WITH_INPUT}### Instruction:\n{row['instruction']}\n\n### Input:\n{given}\n\n### Response:\n"
@@ -56,19 +55,23 @@ def completion(row: Row) -> str:
 
 
 def message(row: Row) -> str:
-    """What a user would write to a chat model: the instruction and, on a line of its own, the input."""
+    """The message to a chat model: the instruction and, after a blank line, the input."""
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
 def read(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"]:
-    """The rows of a file, as the split `train`, or those of a data set as [`sources.read_hub`] gives them."""
+    """The rows of a file as the split `train`, or else those of [`sources.read_hub`].
+
+    Raises:
+        ValueError: The file cannot be read, has no rows, or lacks a column or a value.
+    """
     reader = _READERS.get(Path(dataset_path).suffix.lower())
     if reader is None or not Path(dataset_path).is_file():
         return read_hub(dataset_path, config)
     import datasets
 
     options: dict[str, Any] = {}
-    if reader == "csv":  # every cell is text: "NA" is no missing value, and "1" no number
+    if reader == "csv":  # all cells are strings, also "NA" and "1"
         with open(dataset_path, newline="", encoding="utf-8-sig") as file:
             names = next(csv.reader(file), [])
         features = datasets.Features({name: datasets.Value("string") for name in names})
@@ -76,21 +79,21 @@ def read(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"
     try:
         rows = datasets.load_dataset(reader, data_files=glob.escape(dataset_path), split="train", **options)
     except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"{dataset_path} cannot be read, or holds no rows: {error.__cause__ or error!r}") from error
+        raise ValueError(f"Can't read {dataset_path}, or it has no rows: {error.__cause__ or error!r}") from error
     lacking = sorted({"instruction", "output"} - set(rows.column_names))
     if lacking:
         raise ValueError(
-            f"{dataset_path} lacks {', '.join(lacking)}; expected the columns instruction, output and, where there "
-            f"is one, input. It has: {', '.join(rows.column_names)}."
+            f"{dataset_path} lacks {', '.join(lacking)}. Expected the columns instruction, output and optionally "
+            f"input, got {', '.join(rows.column_names)}."
         )
     return {"train": _as_text(rows, dataset_path)}
 
 
 def _as_text(rows: "Dataset", source: str) -> "Dataset":
-    """The columns that are used, numbers and truth values in them as JSON writes them.
+    """The columns of Alpaca as strings, where other values are written as JSON.
 
     Raises:
-        ValueError: if a row has no instruction or no output.
+        ValueError: A row lacks an instruction or an output.
     """
     import datasets
 
@@ -105,7 +108,7 @@ def _as_text(rows: "Dataset", source: str) -> "Dataset":
 
 
 class AlpacaTask(Task):
-    """A chat model is given what a user would write, and not the Alpaca prompt, which is for a model without turns."""
+    """The Alpaca task, whose conversational examples do not use the Alpaca prompt."""
 
     def example(self, row: Row, conversational: bool = False) -> dict[str, Any]:
         if not conversational:

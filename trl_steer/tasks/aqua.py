@@ -1,6 +1,6 @@
 """AQuA-RAT (Ling et al. 2017): algebra word problems with five options and a written rationale.
 
-Train, validation (254 rows) and test (254 rows) are the published splits, for us and for the authors' code.
+Train, validation (254 rows) and test (254 rows) are the published splits, as in the authors' code.
 
 >>> row = {
 ...     "question": "Express 50 mps in kmph?",
@@ -26,7 +26,7 @@ from trl_steer.tasks.text import LETTER, MARK, first, last
 
 
 def prompt(row: Row) -> str:
-    # The published options `A)text` in the form that ARC has.
+    # The published options have the form `A)text`; this is that of ARC.
     options = "\n".join(f"({label}) {text}" for label, text in _options(row))
     return f"Answer the following multiple-choice math question.\nQuestion: {row['question']}\n{options}\n"
 
@@ -45,12 +45,12 @@ def strict(text: str) -> str | None:
 
 
 def flexible(text: str) -> str | None:
-    """Behind the last mark, else the last letter that stands alone."""
+    """The letter after the last mark, else the last separate letter."""
     return last(rf"{MARK}(?i:option\W+)?({LETTER})", text) or last(f"({LETTER})", text)
 
 
 def steerling(text: str) -> str | None:
-    """As the authors' code reads: behind the first mark, also "answer" alone, else the last letter of the text."""
+    """As in the authors' code: the letter after the first mark or "answer", else the last letter of the text."""
     found = first(r"(?i)answer\s*[:\-]?\s*\(?([A-E])", text) or last(r"(?i)\b([A-E])\b", text)
     return found and found.upper()
 

@@ -1,8 +1,7 @@
 """ARC-Challenge (Clark et al. 2018): grade-school science questions with three to five options.
 
-Train, validation (299 rows) and test (1172 rows) are the published splits. The authors' code divides the published
-validation split in two halves instead. Options are labelled by letters or, in a few rows, by digits; the label is the
-row's own.
+Train, validation (299 rows) and test (1172 rows) are the published splits. The authors' code splits the published
+validation split into halves instead. Options have letters or, in a few rows, digits as labels.
 
 >>> row = {
 ...     "question": "Sodium, Na, is in the same group as",
@@ -22,8 +21,13 @@ Answer: (D) K..
 import re
 
 from trl_steer.tasks.base import Benchmark, Row
-from trl_steer.tasks.splits import halves_of, official
+from trl_steer.tasks.splits import official, split_in_two
 from trl_steer.tasks.text import LETTER, MARK, first, last
+
+SPLITS = {
+    "default": official,
+    "steerling": split_in_two("validation", 0.5, first="validation", second="test"),
+}
 
 
 def prompt(row: Row) -> str:
@@ -45,12 +49,12 @@ def strict(text: str) -> str | None:
 
 
 def flexible(text: str) -> str | None:
-    """Behind the last mark, else the last label of the text: a letter that stands alone, or a digit in brackets."""
+    """The label after the last mark, else the last label of the text: a separate letter, or a digit in parentheses."""
     return last(rf"{MARK}(?i:option\W+)?({LETTER}|[1-5](?!\w))", text) or last(rf"({LETTER}|(?<=\()[1-5](?=\)))", text)
 
 
 def steerling(text: str) -> str | None:
-    """As the authors' code reads: behind the first mark, also "answer" alone, else the only label of the text."""
+    """As in the authors' code: the label after the first mark or "answer", else the only label of the text."""
     found = first(r"(?i)answer\s*[:\-]?\s*\(?([A-E1-5])", text)
     alone = re.findall(r"(?i)\b([A-E1-5])\b", text)
     if found is None and len(alone) == 1:
@@ -71,13 +75,10 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": official,
-        "steerling": halves_of("validation", 0.5, first="validation", second="test"),
-    },
+    splits=SPLITS,
     key=("question", "choices"),
-    # Cut before the closing bracket: the options then differ in their last token alone, and lm-eval scores all of
-    # them in one pass.
+    # Without the closing parenthesis, the options only differ in the last token, so that lm-eval scores all of them in
+    # one forward pass.
     choices=lambda row: [f"Answer: ({label}" for label, _ in _options(row)],
     choice_names=lambda row: [label for label, _ in _options(row)],
 )

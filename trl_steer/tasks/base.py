@@ -1,4 +1,4 @@
-"""What a task is: how a row becomes a prompt and a completion, how an answer is read, which rows are for what."""
+"""The classes of tasks: prompts, completions, splits, and the extraction of answers from generated text."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Rows to train on, with the prompt and the completion of each.
+    """A data set to train on, with prompts and completions.
 
     Args:
-        name (`str`): The task's name.
-        source (`Mapping[str, Any]`): What `read` is called with: `dataset_path` and `config` for a data set of the
-            Hub. Each entry can be overridden, see [`trl_steer.tasks.sources`].
-        prompt (`Callable[[Row], str]`): The prompt for a row. It ends in a line break, where the completion begins.
-        completion (`Callable[[Row], str]`): What a model is trained to write.
-        splits (`Mapping[str, Splitter]`): By name, how published splits become train, validation and test.
-        key (`tuple[str, ...]`): The columns by which two rows count as the same example.
-        read (`Callable[..., Mapping[str, Dataset]]`): Gives the published splits for `source`.
+        name (`str`): Name of the task.
+        source (`Mapping[str, Any]`): Arguments of `read`: `dataset_path` and `config` for a data set on the Hub. They
+            can be overridden, see [`trl_steer.tasks.sources`].
+        prompt (`Callable[[Row], str]`): The prompt of a row. It ends in a newline.
+        completion (`Callable[[Row], str]`): The completion of a row.
+        splits (`Mapping[str, Splitter]`): Functions from the published splits to train, validation and test, by name.
+        key (`tuple[str, ...]`): Columns that are equal for duplicate rows.
+        read (`Callable[..., Mapping[str, Dataset]]`): Loads the published splits.
     """
 
     name: str
@@ -37,23 +37,21 @@ class Task:
     read: Callable[..., Mapping[str, "Dataset"]] = sources.read_hub
 
     def rows(self, splits: str = "default", **source: Any) -> dict[str, "Dataset"]:
-        """The rows as they are published, divided into `train`, `validation` and `test`.
+        """The published rows, split into `train`, `validation` and `test`.
 
-        A split that needs rows which a copy lacks is left out. In the default splits no row of `validation` is in
-        `test`, and none of `train` in either; other splits are left as their authors made them.
+        A split whose rows are missing from the source is left out. In the default splits, rows of `validation` that
+        are also in `test`, and rows of `train` that are also in one of them, are removed.
 
         Raises:
-            ValueError: for splits, or entries of `source`, that the task does not have.
+            ValueError: The task does not have these splits, or these entries of `source`.
         """
         if splits not in self.splits:
-            raise ValueError(
-                f"Task {self.name!r} has no splits named {splits!r}. Choose one of: {', '.join(self.splits)}."
-            )
+            raise ValueError(f"Task {self.name!r} has no splits {splits!r}. Choose one of: {', '.join(self.splits)}.")
         parts = self.splits[splits](self.read(**sources.resolve(self.name, self.source, source)))
         return disjoint(parts, self.key) if splits == "default" else dict(parts)
 
     def example(self, row: Row, conversational: bool = False) -> dict[str, Any]:
-        """A row as TRL's prompt-completion example: two strings, or two lists of one chat message each."""
+        """A row in TRL's prompt-completion format, standard or conversational."""
         prompt, completion = self.prompt(row), self.completion(row)
         if not conversational:
             return {"prompt": prompt, "completion": completion}
@@ -65,19 +63,19 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Task):
-    """A task with right answers. Training data and the lm-eval tasks `steer_<name>` are both made from this object.
+    """A task with correct answers, for training and for the lm-eval tasks `steer_<name>`.
 
-    `strict`, `flexible` and `steerling` are three readings of the same generated text, each
-    `Callable[[str], str | None]`: the answer that the text gives, None where it gives none.
+    `strict`, `flexible` and `steerling` are three ways to extract the answer from generated text. Each is a
+    `Callable[[str], str | None]`, and returns `None` if it finds no answer.
 
     Args:
-        answer (`Callable[[Row], str]`): The right answer of a row, spelled as the readers spell it.
-        strict: Knows the mark that completions are trained with and nothing else.
-        flexible: Also knows other ways to announce an answer, and takes a bare one where there is no announcement.
-        steerling: Reads as the code does that the paper's authors released.
+        answer (`Callable[[Row], str]`): The correct answer of a row, in the form in which answers are extracted.
+        strict: Only accepts the format of the completions.
+        flexible: Also accepts other formats, and an answer without a mark such as "Answer:".
+        steerling: As in the code of the paper's authors.
         choices (`Callable[[Row], list[str]]`, *optional*): For multiple choice, the completion of each option up to
-            where its name ends, in the order of the options.
-        choice_names (`Callable[[Row], list[str]]`, *optional*): The options' names, spelled as `answer` spells them.
+            the end of its name, in the order of the options.
+        choice_names (`Callable[[Row], list[str]]`, *optional*): Names of the options, in the form of `answer`.
     """
 
     answer: Callable[[Row], str]
@@ -88,7 +86,7 @@ class Benchmark(Task):
     choice_names: Callable[[Row], list[str]] | None = None
 
     def document(self, row: Row) -> dict[str, Any]:
-        """A row as the lm-eval tasks see it: the example with its answer and, for multiple choice, its options."""
+        """A row as a document of the lm-eval tasks: the example, its answer and, for multiple choice, its options."""
         document = {**self.example(row), "answer": self.answer(row)}
         if self.choices is not None and self.choice_names is not None:
             document |= {"choices": self.choices(row), "label": self.choice_names(row).index(document["answer"])}

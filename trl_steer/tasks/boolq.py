@@ -1,7 +1,7 @@
 """BoolQ (Clark et al. 2019): is the answer to a question about a passage true or false?
 
-Test is the published validation split in full (3270 rows; the published test split has no labels). Validation is 20%
-of the training rows. The authors' code divides the published validation split instead, 80% to choose and 20% to test.
+Test is the full published validation split (3270 rows; the published test split has no labels). Validation is 20% of
+the training rows. The authors' code splits the published validation split instead (validation 80%, test 20%).
 
 >>> row = {
 ...     "passage": "The season is set for release in 2019.",
@@ -16,8 +16,13 @@ Answer: True.
 """
 
 from trl_steer.tasks.base import Benchmark, Row
-from trl_steer.tasks.splits import halves_of, validation_from_train
+from trl_steer.tasks.splits import split_in_two, validation_from_train
 from trl_steer.tasks.text import MARK, first, last
+
+SPLITS = {
+    "default": validation_from_train(test="validation"),
+    "steerling": split_in_two("validation", 0.2, first="validation", second="test"),
+}
 
 ANSWERS = ["True", "False"]
 
@@ -43,13 +48,13 @@ def strict(text: str) -> str | None:
 
 
 def flexible(text: str) -> str | None:
-    """Behind the last mark, else the first true or false, but not the pair of the prompt, "true/false"."""
+    """The word after the last mark, else the first true or false, excluding "true/false" as in the prompt."""
     word = r"((?i:true|false))\b(?!/)"
     return _named(last(MARK + word, text) or first(rf"(?<![\w/]){word}", text))
 
 
 def steerling(text: str) -> str | None:
-    """As the authors' code reads: behind the first mark, else the first of the text."""
+    """As in the authors' code: the word after the first mark, else the first one of the text."""
     return _named(first(r"(?i)answer\s*:\s*(true|false)", text) or first(r"(?i)\b(true|false)\b", text))
 
 
@@ -66,10 +71,7 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": validation_from_train(test="validation"),
-        "steerling": halves_of("validation", 0.2, first="validation", second="test"),
-    },
+    splits=SPLITS,
     key=("passage", "question"),
     choices=lambda row: [f"Answer: {name}" for name in ANSWERS],
     choice_names=lambda row: ANSWERS,

@@ -1,7 +1,7 @@
 r"""GSM8K (Cobbe et al. 2021): grade-school word problems, solved step by step.
 
-Test is the published test split in full (1319 rows). Validation is 20% of the training rows. The authors' code divides
-the published test split instead, 20% to choose and 80% to test.
+Test is the full published test split (1319 rows). Validation is 20% of the training rows. The authors' code splits the
+published test split instead, 20% for validation and 80% for test.
 
 >>> row = {
 ...     "question": "What is fifteen more than a quarter of 48?",
@@ -18,10 +18,15 @@ import re
 from decimal import Decimal
 
 from trl_steer.tasks.base import Benchmark, Row
-from trl_steer.tasks.splits import halves_of, validation_from_train
+from trl_steer.tasks.splits import split_in_two, validation_from_train
 from trl_steer.tasks.text import MARK, first, last
 
-# 5, 1,234.50, .5, $7; a minus counts where it is no difference.
+SPLITS = {
+    "default": validation_from_train(test="test"),
+    "steerling": split_in_two("test", 0.2, first="test", second="validation"),
+}
+
+# 5, 1,234.50, .5, $7; a minus sign belongs to the number unless it is a subtraction.
 _NUMBER = r"((?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))"
 
 
@@ -39,21 +44,21 @@ def answer(row: Row) -> str:
 
 
 def strict(text: str) -> str | None:
-    """The number behind the last `Answer: `, without thousands separators and trailing zeros."""
+    """The number after the last `Answer: `, without thousands separators and trailing zeros."""
     number = last(rf"Answer: {_NUMBER}", text)
     return number and _canonical(number)
 
 
 def flexible(text: str) -> str | None:
-    """Behind the last mark, else the last number of the text."""
+    """The number after the last mark, else the last number of the text."""
     number = last(MARK + _NUMBER, text) or last(_NUMBER, text)
     return number and _canonical(number)
 
 
 def steerling(text: str) -> str | None:
-    """As the authors' code reads: the first number in the line of the last mark, else the last number of the text.
+    """As in the authors' code: the first number in the line of the last mark, else the last number of the text.
 
-    It takes at most three digits in a row: `1,200` is 1200, but of `1200` it is `120`, a wrong answer.
+    It only matches numbers of more than three digits with separators: of `1200`, it takes `120`.
     """
     three_digits = r"([-+]?\d{1,3}(?:,\d{3})*(?:\.\d+)?)"
     line = last(r"(?i)answer\s*:\s*(.+)", text.strip()) or ""
@@ -68,7 +73,7 @@ def _canonical(number: str) -> str:
 def _solution(row: Row) -> tuple[str, str]:
     reasoning, mark, number = row["answer"].partition("####")
     if not mark:
-        raise ValueError(f"Expected a GSM8K solution that ends in '#### <number>', got {row['answer']!r}")
+        raise ValueError(f"Expected a GSM8K solution that ends in '#### <number>', got {row['answer']!r}.")
     return reasoning.strip(), number.strip()
 
 
@@ -81,9 +86,6 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": validation_from_train(test="test"),
-        "steerling": halves_of("test", 0.2, first="test", second="validation"),
-    },
+    splits=SPLITS,
     key=("question",),
 )

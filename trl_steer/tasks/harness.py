@@ -1,4 +1,4 @@
-"""What the lm-eval tasks in `eval/tasks/steer` call: their documents, their filters, a metric."""
+"""Functions for the lm-eval tasks in `eval/tasks/steer`: documents, filters, and a metric."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,19 +9,22 @@ from trl_steer.tasks.registry import BENCHMARKS
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-# lm-eval's own filters give this where a pattern finds nothing.
+# As in lm-eval's own filters.
 NO_ANSWER = "[invalid]"
 FEWSHOT_ROWS = 64
 
 
 def documents(benchmark: str, splits: str = "default", **metadata: Any) -> "DatasetDict":
-    """The rows of a benchmark as documents with `prompt`, `completion`, `answer`, and `choices`, `label` where it has
-    options: `test`, `validation`, and `fewshot`, the first rows of train (none where the source has no train split).
+    """The documents of a benchmark, with `prompt`, `completion`, `answer` and, for multiple choice, `choices` and
+    `label`.
 
     Args:
         benchmark (`str`): One of [`BENCHMARKS`].
-        splits (`str`): Which of its splits, see [`load_task`].
-        metadata: Everything else in the lm-eval task's metadata; see [`sources.from_metadata`] for what is used.
+        splits (`str`): Its splits, see [`load_task`].
+        metadata: The other metadata of the lm-eval task, see [`sources.from_metadata`].
+
+    Returns:
+        `DatasetDict`: `test`, `validation`, and `fewshot`, the first rows of train (empty without a train split).
     """
     import datasets
 
@@ -38,8 +41,8 @@ def documents(benchmark: str, splits: str = "default", **metadata: Any) -> "Data
 
 
 def read_answers(reader: str, responses: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """An lm-eval filter, once `reader` is bound: what [`Benchmark`]'s reader of that name finds in the first response
-    to each document, `[invalid]` where it finds no answer."""
+    """An lm-eval filter when `reader` (`"strict"`, `"flexible"` or `"steerling"`) is bound: the answers extracted from
+    the first response to each document, `[invalid]` where there is none."""
     return [
         getattr(BENCHMARKS[doc["benchmark"]], reader)(texts[0]) or NO_ANSWER
         for texts, doc in zip(responses, docs, strict=True)
@@ -47,5 +50,5 @@ def read_answers(reader: str, responses: Sequence[Sequence[str]], docs: Sequence
 
 
 def no_answer(references: Sequence[str], predictions: Sequence[str], **_kwargs: Any) -> float:
-    """An lm-eval metric: the share of answers, as [`read_answers`] gives them, that could not be read."""
+    """An lm-eval metric: the proportion of responses from which [`read_answers`] could not extract an answer."""
     return sum(answer == NO_ANSWER for answer in predictions) / len(predictions)

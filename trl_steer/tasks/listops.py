@@ -1,11 +1,9 @@
 """ListOps (Nangia and Bowman 2018): evaluate a nested list expression of small-number operators.
 
-An expression is written with its tokens separated by single spaces, `[MIN 2 9 [MAX 4 7 ] 0 ]`. Operators are `[MIN`,
-`[MAX`, `[MED` (the median, rounded down) and `[SM` (the sum modulo 10), each closed by `]`; leaves are the digits 0 to
-9, so every value is a digit too. The length of an expression is its number of tokens: operators, digits, brackets.
-
-Everything here is a pure function of its arguments. The prompt, the completion and the way an answer is read from
-generated text are written once, here, and used for training data and for evaluation alike.
+The tokens of an expression are separated by single spaces: `[MIN 2 9 [MAX 4 7 ] 0 ]`. Operators are `[MIN`, `[MAX`,
+`[MED` (the median, rounded down) and `[SM` (the sum modulo 10), each closed by `]`. Operands are the digits 0 to 9 and
+nested lists, so every value is a digit. The length of an expression is its number of tokens: operators, digits and
+closing brackets.
 """
 
 import random
@@ -42,23 +40,23 @@ def completion(answer: int | str) -> str:
 
 
 def strict(text: str) -> str | None:
-    """The whole number in the first `<answer>` tags that hold one and nothing else."""
+    """The number in the first `<answer>` tags that contain digits only."""
     return first(r"<answer>(\d+)</answer>", text)
 
 
 def flexible(text: str) -> str | None:
-    """The same with words or marks around the number, and where the closing tag is missing at the end of the text."""
+    """Also allows words and punctuation around the number, and a missing closing tag at the end of the text."""
     return first(r"(?i)<\s*answer\s*>[^<\d]*?(-?\d+)[^<\d]*(?:<|\Z)", text)
 
 
 def steerling(text: str) -> str | None:
-    """As the authors' code reads: what the first `<answer>` tags hold, if that is a whole number."""
+    """As in the authors' code: the content of the first `<answer>` tags, if it is an integer."""
     found = (first(r"(?is)<answer>(.*?)</answer>", text) or "").strip()
     return str(int(found)) if re.fullmatch(r"[-+]?\d{1,9}", found) else None
 
 
 def example(expression: str) -> dict[str, str]:
-    """The expression as TRL's prompt-completion example."""
+    """The expression in TRL's prompt-completion format."""
     return {"prompt": prompt(expression), "completion": completion(evaluate(expression))}
 
 
@@ -66,7 +64,7 @@ def evaluate(expression: str) -> int:
     """The value of an expression, 0 to 9.
 
     Raises:
-        ValueError: if the expression does not follow the grammar of this module.
+        ValueError: The expression is invalid.
     """
     stack: list[list] = [[None]]
     for token in expression.split():
@@ -85,30 +83,33 @@ def evaluate(expression: str) -> int:
     if len(stack) != 1 or len(stack[0]) != 2:
         raise ValueError(
             f"Not a ListOps expression: {expression!r} has "
-            + (f"{len(stack) - 1} list(s) that no ']' closes." if len(stack) > 1 else "not exactly one value.")
+            + (f"{len(stack) - 1} list(s) without a closing ']'." if len(stack) > 1 else "not exactly one value.")
         )
     return stack[0][1]
 
 
 def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63) -> list[str]:
-    """Draws `count` distinct expressions; the same arguments always give the same list.
+    """Samples `count` distinct expressions. The result only depends on the arguments.
 
-    The tree sampler is the one of Long Range Arena: an argument is a list with probability 0.25, else a digit; a list
-    has 2 to 10 arguments; operators and digits are uniform; lists go at most 9 deep. Expressions outside the length
-    bounds are rejected.
+    Expressions are sampled as in Long Range Arena: an operand is a list with probability 0.25, else a digit; a list
+    has 2 to 10 operands; operators and digits are uniform; lists are nested at most 9 deep. Expressions outside the
+    length bounds are rejected.
 
     Args:
-        count (`int`): How many expressions.
-        seed (`int`): Seed of the generator.
-        min_tokens, max_tokens (`int`): Bounds, both included, on operators + digits + closing brackets.
+        count (`int`): Number of expressions.
+        seed (`int`): Random seed.
+        min_tokens, max_tokens (`int`): Inclusive bounds on the number of operators, digits and closing brackets.
 
     Raises:
-        ValueError: if the bounds admit too few expressions for `count` distinct ones.
+        ValueError: There are too few distinct expressions within the bounds.
     """
     if max_tokens < max(min_tokens, 4):
-        raise ValueError(f"No expression has between {min_tokens} and {max_tokens} tokens; the shortest list has 4.")
+        raise ValueError(
+            f"No expression has between {min_tokens} and {max_tokens} tokens. Use max_tokens of at least 4 and of at "
+            "least min_tokens."
+        )
     rng = random.Random(seed)
-    found: dict[str, None] = {}  # a set that keeps its order
+    found: dict[str, None] = {}  # an ordered set
     misses = 0
     while len(found) < count:
         tokens = _sample(rng, max_tokens)
@@ -120,28 +121,28 @@ def generate(count: int, *, seed: int, min_tokens: int = 4, max_tokens: int = 63
             misses += 1
         if misses > 50_000:
             raise ValueError(
-                f"Only {len(found)} distinct expressions of {min_tokens} to {max_tokens} tokens were found where "
-                f"{count} were asked for; raise max_tokens or ask for fewer."
+                f"Found only {len(found)} of {count} distinct expressions of {min_tokens} to {max_tokens} tokens. "
+                "Increase max_tokens or decrease count."
             )
     return list(found)
 
 
 def generate_splits(sizes: Mapping[str, int], **kwargs) -> dict[str, list[str]]:
-    """Draws several sets of expressions at once, no expression in more than one of them.
+    """Samples disjoint sets of expressions of the given sizes.
 
-    A split does not change when the size of one that comes after it does. `kwargs` are those of [`generate`].
+    A set does not depend on the sizes of those after it. `kwargs` are those of [`generate`].
     """
     expressions = iter(generate(sum(sizes.values()), **kwargs))
     return {name: [next(expressions) for _ in range(size)] for name, size in sizes.items()}
 
 
 def largest_digit(expression: str) -> int:
-    """A shortcut that evaluates nothing: the largest digit that the expression contains."""
+    """A baseline that does not evaluate the expression: its largest digit."""
     return max(_digits(expression))
 
 
 def root_operator_over_all_digits(expression: str) -> int:
-    """A shortcut that ignores nesting: the outermost operator applied to all digits, as if it were one flat list."""
+    """A baseline that ignores nesting: the outermost operator applied to all digits."""
     return OPERATORS[expression.split(maxsplit=1)[0]](_digits(expression))
 
 
@@ -155,7 +156,7 @@ def _median(values: Sequence[int]) -> int:
 
 
 def _sample(rng: random.Random, max_tokens: int) -> list[str] | None:
-    """One expression's tokens, or None as soon as it is sure to have more than `max_tokens`."""
+    """The tokens of an expression, or `None` if there are more than `max_tokens`."""
     tokens: list[str] = []
     for token in _walk(rng, depth=1):
         tokens.append(token)

@@ -1,8 +1,8 @@
-"""The two ListOps benchmarks: the published data set, and one that is generated and needs no download.
+"""The two ListOps benchmarks: the published data set, and a generated one that does not need a download.
 
-Train, validation (2000 rows) and test (2000 rows) are the published splits, for us and for the authors' code. The
-generated ones are of the same kind and size, and their scores are comparable with none that are published.
-[`trl_steer.tasks.listops`] has the rules, the prompt and the reading of answers.
+Train, validation (2000 rows) and test (2000 rows) are the published splits, as in the authors' code. Scores on the
+generated data set cannot be compared with published ones. See [`trl_steer.tasks.listops`] for the expressions, the
+prompt and the extraction of answers.
 
 >>> row = {"Source": "[MIN 2 9 [MAX 4 7 ] 0 ]", "Target": 0}
 >>> print(prompt(row) + completion(row))
@@ -41,7 +41,8 @@ def answer(row: Row) -> str:
 def read_generated(
     seed: int, train: int, validation: int, test: int, min_tokens: int, max_tokens: int
 ) -> dict[str, "Dataset"]:
-    """Splits of the given sizes in the published data set's columns. A split does not depend on those after it."""
+    """Splits of the given sizes, with the columns of the published data set. The test and validation splits do not
+    depend on the size of train."""
     import datasets
 
     sizes = {"test": test, "validation": validation, "train": train}
@@ -65,7 +66,7 @@ TASK = Benchmark(
     key=("Source",),
 )
 
-# Longer than 16 and shorter than 64 tokens: the ratio of Long Range Arena's bounds, 500 and 2000.
+# More than 16 and fewer than 64 tokens, the ratio of Long Range Arena's bounds, 500 and 2000.
 SYNTHETIC = Benchmark(
     name="listops_synthetic",
     source={"seed": 42, "train": 8000, "validation": 2000, "test": 2000, "min_tokens": 17, "max_tokens": 63},

@@ -1,4 +1,4 @@
-"""The tasks by name, and their rows in the form that TRL trains on."""
+"""The tasks by name, and their rows in the format of TRL."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +14,34 @@ TASKS: dict[str, Task] = {**BENCHMARKS, alpaca.TASK.name: alpaca.TASK}
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task with this name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: There is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"There is no task named {name!r}. Choose one of: {', '.join(TASKS)}.")
+        raise ValueError(f"There is no task {name!r}. Choose one of: {', '.join(TASKS)}.")
     return TASKS[name]
 
 
 def load_task(name: str, splits: str = "default", *, conversational: bool = False, **source: Any) -> "DatasetDict":
-    """A task's training, validation and test rows as TRL's prompt-completion data set.
+    """Loads a task in TRL's prompt-completion format.
 
     Args:
         name (`str`): One of [`TASKS`].
-        splits (`str`, *optional*, defaults to `"default"`): `"default"`, the splits that the lm-eval tasks score, or
-            `"steerling"`, those of the code that the paper's authors released.
-        conversational (`bool`, *optional*, defaults to `False`): Whether prompt and completion are lists of one chat
-            message each, for a chat model that is also evaluated with `--apply_chat_template`, and not strings.
-        source: Where the rows come from: `dataset_path` and `config`, each optional. `listops_synthetic`, which is
-            generated, takes `seed`, `train`, `validation`, `test`, `min_tokens` and `max_tokens` instead.
+        splits (`str`, *optional*, defaults to `"default"`): `"default"`, the splits of the lm-eval tasks, or
+            `"steerling"`, the splits of the authors' code.
+        conversational (`bool`, *optional*, defaults to `False`): Whether to use the conversational format, for a chat
+            model that is evaluated with `--apply_chat_template`.
+        source: `dataset_path` and `config` of another copy of the data set. For `listops_synthetic`, which is
+            generated: `seed`, `train`, `validation`, `test`, `min_tokens` and `max_tokens`.
 
     Returns:
-        `DatasetDict`: `train`, `validation` and `test` with the columns `prompt` and `completion`. A split that needs
-        rows which the source lacks is absent.
+        `DatasetDict`: `train`, `validation` and `test`, with the columns `prompt` and `completion`. A split whose rows
+        are missing from the source is left out.
 
     Raises:
-        ValueError: for a task, splits or entries of `source` that do not exist.
+        ValueError: There is no such task, or it does not have these splits or entries of `source`.
 
     Example:
         >>> load_task("boolq", config="boolq_offline")["train"][0]["completion"]
@@ -50,7 +50,7 @@ def load_task(name: str, splits: str = "default", *, conversational: bool = Fals
     import datasets
 
     task = get_task(name)
-    # Built anew and not by `map`, whose cache would not notice that a later version of a prompt is another one.
+    # Not with `map`, whose cache does not notice changes of a prompt.
     return datasets.DatasetDict(
         {
             part: datasets.Dataset.from_list([task.example(row, conversational) for row in rows])

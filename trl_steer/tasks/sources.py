@@ -1,12 +1,12 @@
-"""Where a task's rows come from, and the ways to say that they come from elsewhere.
+"""The sources of data sets, and how to override them.
 
-Every task names a data set of the Hub. A program whose working directory holds a folder of that name reads the
-folder instead, which is what `datasets` does by itself. Beyond that, in this order:
+By default, tasks are loaded from the Hub, or from a folder with the same name in the working directory, as `datasets`
+does. To load them from elsewhere, use (in order of precedence):
 
 1. arguments: `load_task("boolq", config="boolq_offline")`, or lm-eval's
    `--metadata '{"boolq": {"config": "boolq_offline"}}'`;
 2. the environment variable `TRL_STEER_DATASETS`, with the same JSON object;
-3. the environment variable `TRL_STEER_HUB_MIRROR`, a folder laid out like the Hub (`<it>/google/boolq/...`).
+3. the environment variable `TRL_STEER_HUB_MIRROR`, a folder with the layout of the Hub (`<folder>/google/boolq/...`).
 """
 
 import hashlib
@@ -24,17 +24,17 @@ MIRROR_VARIABLE = "TRL_STEER_HUB_MIRROR"
 
 
 def resolve(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The source of `task`: its defaults, overridden by the environment, overridden by what was given.
+    """The source of `task`: its defaults, overridden by the environment and by `given`.
 
     Raises:
-        ValueError: if an override names something that the task's source does not have, or the environment variable
-            does not hold a JSON object of objects.
+        ValueError: The source of the task does not have an entry, or the environment variable is not a JSON object of
+            objects.
     """
     overrides = {**_from_environment(task), **{key: value for key, value in given.items() if value is not None}}
     unknown = sorted(set(overrides) - set(defaults))
     if unknown:
         raise ValueError(
-            f"The source of task {task!r} has no {', '.join(unknown)}. What can be overridden: {', '.join(defaults)}."
+            f"The source of task {task!r} has no entry {', '.join(unknown)}. Choose from: {', '.join(defaults)}."
         )
     source = {**defaults, **overrides}
     if "dataset_path" in source and "dataset_path" not in overrides:
@@ -45,16 +45,18 @@ def resolve(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) ->
 
 
 def from_metadata(task: str, defaults: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval's `--metadata` says about the source of `task`.
+    """The entries in lm-eval's `--metadata` about the source of `task`.
 
-    Entries under the task's name are for it alone. At the top level `dataset_path` and `config` are for every task of
-    the run, so they suit a run of one. lm-eval mixes the model's arguments into the same mapping, so other keys are
-    not ours to judge, a generator's `seed` among them.
+    Entries under the task's name are for this task only. `dataset_path` and `config` at the top level are for all
+    tasks of the run. Other keys at the top level are ignored, because lm-eval adds the model's arguments there.
+
+    Raises:
+        ValueError: The entry under the task's name is not a mapping.
     """
     for_all = {key: metadata[key] for key in ("dataset_path", "config") if key in defaults and key in metadata}
     for_task = metadata.get(task, {})
     if not isinstance(for_task, Mapping):
-        raise ValueError(f"--metadata has {task!r}: {for_task!r}; expected an object like {dict(defaults)}.")
+        raise ValueError(f"--metadata: expected an object such as {dict(defaults)} for {task!r}, got {for_task!r}.")
     return {**for_all, **for_task}
 
 
@@ -67,18 +69,18 @@ def read_hub(dataset_path: str, config: str | None = None) -> Mapping[str, "Data
         return datasets.load_dataset(dataset_path, config, cache_dir=_cache_of(folder) if folder.is_dir() else None)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         error.add_note(
-            f"This was reading the data set {dataset_path!r}, config {config!r}. Without network access, start the "
-            f"program in a folder that holds {dataset_path!r}, or name such a folder in {MIRROR_VARIABLE}. For "
-            f"another copy or config, set {DATASETS_VARIABLE} or pass dataset_path and config (lm-eval: --metadata)."
+            f"The data set is {dataset_path!r}, config {config!r}. Without network access, run the program in a "
+            f"folder that contains {dataset_path!r}, or set {MIRROR_VARIABLE} to such a folder. For another copy or "
+            f"config, set {DATASETS_VARIABLE} or pass dataset_path and config (lm-eval: --metadata)."
         )
         raise
 
 
 def _cache_of(folder: Path) -> str:
-    """A place in the cache for this folder as it is now.
+    """A cache folder for the current contents of a local folder.
 
-    `datasets` knows a local folder by the `configs` of its README alone, so that of two copies with the same layout,
-    or of one before and after a change, the second would silently be given the rows of the first.
+    The cache of `datasets` identifies a local folder by the `configs` in its README only, so that it would return old
+    rows for a folder that has changed, and rows of another folder with the same layout.
     """
     import datasets
 
@@ -97,15 +99,15 @@ def _from_environment(task: str) -> dict[str, Any]:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{expected}, but is not JSON: {text!r}") from error
+        raise ValueError(f"{expected}, got {text!r}, which is not JSON.") from error
     entry = entries.get(task, {}) if isinstance(entries, dict) else None
     if not isinstance(entry, dict):
-        raise ValueError(f"{expected}, got {text!r}")
+        raise ValueError(f"{expected}, got {text!r}.")
     return entry
 
 
 def _config_in_copy(dataset_path: str, default: str | None) -> str | None:
-    """The config to read of a copy that was named without one: the only one it has, where it lacks the task's own."""
+    """The default config, or the only config of a local copy that does not have the default one."""
     import datasets
 
     if not Path(dataset_path).is_dir():
@@ -113,7 +115,7 @@ def _config_in_copy(dataset_path: str, default: str | None) -> str | None:
     try:
         names = datasets.get_dataset_config_names(dataset_path)
     except (FileNotFoundError, ValueError):
-        return default  # reading it will say what is wrong
+        return default  # loading the data set will raise a better error
     return names[0] if default not in names and len(names) == 1 else default
 
 

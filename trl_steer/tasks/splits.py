@@ -1,8 +1,7 @@
-"""Which rows train, choose hyperparameters, and test: the drawing of held-out rows, independent of library versions.
+"""The train, validation and test splits.
 
-`datasets` draws `train_test_split` and `shuffle` from NumPy's default generator. The same is done here by hand, so
-that a split is what `datasets` 5 gives today and stays that when `datasets` changes. The seed and the share are the
-paper's (appendix F.1): 42 and 20%.
+They are the same as those of `train_test_split` and `shuffle` in `datasets` 5, but do not depend on the version of
+`datasets`. The seed, 42, and the proportion of held-out rows, 20%, are the paper's (appendix F.1).
 """
 
 import math
@@ -21,12 +20,12 @@ Splitter = Callable[[Rows], dict[str, "Dataset"]]
 
 
 def draw(count: int, share: float, seed: int = SEED) -> tuple[list[int], list[int]]:
-    """The row numbers of `Dataset.train_test_split(test_size=share, seed=seed)`: those that stay, those drawn.
+    """The row indices of `Dataset.train_test_split(test_size=share, seed=seed)`: those of train and of test.
 
     Args:
-        count (`int`): How many rows there are.
-        share (`float`): Which part of them is drawn, rounded up to a whole number of rows.
-        seed (`int`): Seed of the drawing.
+        count (`int`): Number of rows.
+        share (`float`): Proportion of the rows in test, rounded up.
+        seed (`int`): Random seed.
     """
     order = permutation(count, seed)
     drawn = math.ceil(share * count)
@@ -34,19 +33,19 @@ def draw(count: int, share: float, seed: int = SEED) -> tuple[list[int], list[in
 
 
 def permutation(count: int, seed: int = SEED) -> list[int]:
-    """The row numbers in the order of `Dataset.shuffle(seed=seed)`."""
+    """The row indices in the order of `Dataset.shuffle(seed=seed)`."""
     import numpy
 
     return numpy.random.default_rng(seed).permutation(count).tolist()
 
 
 def official(rows: Rows) -> dict[str, "Dataset"]:
-    """The published splits as they are; one that a copy lacks is left out."""
+    """The published splits, without those that are missing."""
     return {name: rows[name] for name in NAMES if name in rows}
 
 
 def validation_from_train(test: str) -> Splitter:
-    """For data sets with two labelled splits: `test` is one of them, 20% of the training rows choose."""
+    """Splits of a data set with two labelled splits: `test` is one of them, validation is 20% of the training rows."""
 
     def split(rows: Rows) -> dict[str, "Dataset"]:
         parts = {"test": rows[test]} if test in rows else {}
@@ -58,13 +57,13 @@ def validation_from_train(test: str) -> Splitter:
     return split
 
 
-def halves_of(source: str, share: float, *, first: str, second: str) -> Splitter:
-    """The authors' way: shuffle one published split, then divide it; the training rows stay whole.
+def split_in_two(source: str, share: float, *, first: str, second: str) -> Splitter:
+    """Splits as in the authors' code: one published split is shuffled and split in two. Train is the published one.
 
     Args:
-        source (`str`): The split that is divided.
-        share (`float`): Which part of it is drawn.
-        first, second (`str`): What the undrawn and the drawn part are used as.
+        source (`str`): The published split.
+        share (`float`): Proportion of its rows in `second`.
+        first, second (`str`): Names of the two parts.
     """
 
     def split(rows: Rows) -> dict[str, "Dataset"]:
@@ -79,9 +78,10 @@ def halves_of(source: str, share: float, *, first: str, second: str) -> Splitter
 
 
 def disjoint(parts: Mapping[str, "Dataset"], key: Sequence[str]) -> dict[str, "Dataset"]:
-    """Takes from validation what is also in test, and from train what is also in either; equal in the columns `key`.
+    """Removes rows of validation that are also in test, and rows of train that are also in one of them. Rows are the
+    same if the columns `key` are equal.
 
-    Published training sets hold a few rows twice, and a drawing may put one of them on each side.
+    Published training sets have a few duplicate rows, which a random split can separate.
     """
     seen: set[str] = set()
     kept: dict[str, Dataset] = {}

@@ -1,24 +1,24 @@
-r"""What the readers of answers share.
+r"""Patterns for the extraction of answers.
 
-`strict` knows nothing but the mark that completions are trained with, `Answer: X`. `flexible` knows the ways in which
-models that were not trained on it announce an answer: `The answer is X`, `**Answer:** (X)`, `\boxed{X}`.
+`strict` only accepts the mark in the completions, `Answer: X`. `flexible` also accepts the marks of models that were
+not trained on these: `The answer is X`, `**Answer:** (X)`, `\boxed{X}`.
 """
 
 import re
 
-# Stands in front of a task's own pattern, with what may lie between: brackets and Markdown, but no sign of a number.
+# A mark before an answer, including brackets and Markdown, but not the sign of a number.
 MARK = r"(?:(?i:\banswer[*_]*\s*(?:is\b|:))|\\boxed\{(?:\\text\{)?)[^\w.\-]*"
-# A capital that stands alone; "A plant" has an article, "A is right" an answer.
+# A separate capital letter. In "A plant", the letter is an article; in "A is right", it is an answer.
 LETTER = r"(?<![\w'])(?:[B-E]|A(?! (?!is\b)[a-z]))(?![\w'])"
 
 
 def last(pattern: str, text: str) -> str | None:
-    """What the pattern's one group holds in its last match, None where there is none."""
+    """The group of the last match of a pattern, or `None`."""
     found = re.findall(pattern, text)
     return found[-1] if found else None
 
 
 def first(pattern: str, text: str) -> str | None:
-    """What the pattern's one group holds in its first match, None where there is none."""
+    """The group of the first match of a pattern, or `None`."""
     found = re.search(pattern, text)
     return found[1] if found else None

@@ -1,7 +1,7 @@
 """Winogrande (Sakaguchi et al. 2021), debiased: which of two options fills the blank of a sentence?
 
-Test is the published validation split in full (1267 rows; the published test split has no labels). Validation is 20%
-of the training rows. The authors' code divides the published validation split in two halves instead.
+Test is the full published validation split (1267 rows; the published test split has no labels). Validation is 20% of
+the training rows. The authors' code splits the published validation split into halves instead.
 
 >>> row = {
 ...     "sentence": "John moved the couch from the garage to the backyard to create space. The _ is small.",
@@ -18,8 +18,13 @@ Answer: Option1.
 """
 
 from trl_steer.tasks.base import Benchmark, Row
-from trl_steer.tasks.splits import halves_of, validation_from_train
+from trl_steer.tasks.splits import split_in_two, validation_from_train
 from trl_steer.tasks.text import MARK, first, last
+
+SPLITS = {
+    "default": validation_from_train(test="validation"),
+    "steerling": split_in_two("validation", 0.5, first="validation", second="test"),
+}
 
 
 def prompt(row: Row) -> str:
@@ -43,13 +48,13 @@ def strict(text: str) -> str | None:
 
 
 def flexible(text: str) -> str | None:
-    """The number or the first option behind the last mark, else the last option of the text."""
+    """The number or the first option after the last mark, else the last option of the text."""
     option = r"(?i:option)\W{0,3}"
     return _named(last(rf"{MARK}(?:(?s:.*?){option})??([12])\b", text) or last(rf"{option}([12])\b", text))
 
 
 def steerling(text: str) -> str | None:
-    """As the authors' code reads: the first option behind the first mark."""
+    """As in the authors' code: the first option after the first mark."""
     return _named(first(r"(?is)answer\s*[:\-].*?\boption\s*([12])\b", text))
 
 
@@ -66,10 +71,7 @@ TASK = Benchmark(
     strict=strict,
     flexible=flexible,
     steerling=steerling,
-    splits={
-        "default": validation_from_train(test="validation"),
-        "steerling": halves_of("validation", 0.5, first="validation", second="test"),
-    },
+    splits=SPLITS,
     key=("sentence", "option1", "option2"),
     choices=lambda row: ["Answer: Option1", "Answer: Option2"],
     choice_names=lambda row: ["Option1", "Option2"],

@@ -1,4 +1,4 @@
-"""Callbacks for any trainer: one that notices a run that diverges, which steering does just above its best rate."""
+"""Callbacks for any trainer."""
 
 import logging
 import math
@@ -10,31 +10,31 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-# Such a loss is worse than not having trained. One batch can have it by itself, a few in a row have not.
+# Loss above which training has diverged, relative to the first loss. Single batches can exceed it.
 FACTOR, MARGIN = 2.0, 1.0
 IN_A_ROW = 2
 
 
 class TrainingDivergedError(RuntimeError):
-    """Training was stopped because the adapter is no longer made of finite numbers."""
+    """Training was stopped because the loss, the gradients or the parameters are not finite."""
 
 
 class DivergenceCallback(TrainerCallback):
-    """Warns once when the loss stays far above where it started, and stops the run when it is no number any more.
+    """Warns when training diverges, and stops it when values are not finite.
 
-    The loss that counts is the one the trainer logs. "Far above" is more than twice the loss of the first step, which
-    is logged for this, and at least 1.0 more, in two logs in a row. What was logged before a run was resumed counts,
-    and of several processes one warns. transformers replaces a NaN loss by an average before it logs it
-    (`logging_nan_inf_filter`), so the gradient norm is watched too; and before anything is saved, the trained
-    parameters, since logs may be few or none.
+    Warns once, on the main process, if the logged loss is more than twice the loss of the first step and at least 1.0
+    more, in two consecutive logs. Logs before a run was resumed are included.
+
+    Stops training with an error if values are not finite, so that no such adapter is saved. The gradient norm is
+    checked in addition to the loss, because transformers does not log NaN losses (`logging_nan_inf_filter`). The
+    parameters are checked before they are saved, because there may be no logs.
 
     Raises:
-        TrainingDivergedError: on a NaN or infinite loss, a NaN gradient norm, or a parameter that is not finite, so
-            that no such adapter is saved as if it were a result.
+        TrainingDivergedError: The loss or a parameter is NaN or infinite, or the gradient norm is NaN.
     """
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        # A mean over more steps may hold the explosion already.
+        # The first loss that is logged otherwise is a mean over several steps, in which training may already diverge.
         if state.global_step == 1 and args.logging_strategy != "no":
             control.should_log = True
         if control.should_save:
@@ -58,8 +58,8 @@ class DivergenceCallback(TrainerCallback):
         runs = [all(above[end - IN_A_ROW : end]) for end in range(IN_A_ROW, len(above) + 1)]
         if runs and runs[-1] and not any(runs[:-1]):
             logger.warning(
-                f"The loss at step {state.global_step} is {loss:.3g}, far above the {losses[0]:.3g} it started "
-                f"from: this run diverges. {_advice(args)}"
+                f"Training diverges: the loss at step {state.global_step} is {loss:.3g}, far above the loss of the "
+                f"first step, {losses[0]:.3g}. {_advice(args)}"
             )
 
 
@@ -68,15 +68,15 @@ def _check_parameters(args, state, model) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]
     broken = torch.tensor(float(not all(parameter.isfinite().all() for parameter in local)), device=args.device)
-    if reduce(broken, "sum"):  # on all processes, so that none waits for one that has stopped
+    if reduce(broken, "sum"):  # so that either all processes raise or none
         raise TrainingDivergedError(
-            f"Training diverged: after step {state.global_step} trained parameters are NaN or infinite. Nothing was "
-            f"saved from this step. {_advice(args)}"
+            f"Training diverged: after step {state.global_step}, parameters are NaN or infinite. Nothing was saved "
+            f"from this step. {_advice(args)}"
         )
 
 
 def _advice(args) -> str:
     return (
-        f"Lower the learning rate, which is {args.learning_rate:g}, by a factor of 2 to 5: low-rank steering breaks "
-        "down just above its best rate. A warm-up (--warmup_steps 0.1) or a smaller --max_grad_norm also helps."
+        f"Divide the learning rate of {args.learning_rate:g} by 2 to 5, because low-rank steering diverges just above "
+        "its best learning rate. A warm-up (--warmup_steps 0.1) or a smaller --max_grad_norm also helps."
     )

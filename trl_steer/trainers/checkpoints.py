@@ -1,4 +1,4 @@
-"""Checkpoints to resume from."""
+"""The checkpoints of a training run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The last checkpoint of a run that was written in full; those that a kill has cut short are skipped, and said.
+    """The last complete checkpoint of a run, or `None`. Warns about incomplete ones, which a killed process leaves.
 
-    The trainer's state is what a checkpoint gets last.
+    A checkpoint is complete if it has the trainer's state, which is written last.
     """
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
@@ -24,14 +24,14 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if match is None or not path.is_dir():
             continue
         if state_of(path) is None:
-            logger.warning(f"{path} was not written in full and is skipped.")
+            logger.warning(f"Skipping {path}, which is incomplete.")
         else:
             found.append((int(match[1]), str(path)))
     return max(found)[1] if found else None
 
 
 def state_of(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint, `None` where there is none that can be read."""
+    """The trainer's state in a checkpoint, or `None` if it is missing or cannot be read."""
     try:
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -40,8 +40,8 @@ def state_of(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def is_finished(checkpoint: str | os.PathLike, args: Any) -> bool:
-    """Whether a checkpoint is that of the last step that the training arguments ask for. The trainer itself would
-    train one step more."""
+    """Whether a checkpoint is that of the last step of the training arguments. If it is, resuming from it with the
+    trainer would train for one more step."""
     state = state_of(checkpoint)
     if state is None:
         return False

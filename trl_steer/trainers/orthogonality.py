@@ -1,4 +1,4 @@
-"""The orthogonality constraint in a training loop."""
+"""The trainer callback of the orthogonality constraint."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from ..tuners.joint_steering.projection import ProjectionReport
 
 class OrthogonalityCallback(TrainerCallback):
     """
-    Projects the weights every so many optimizer steps, and the gradients of each step.
+    Projects the weights regularly during training, and the gradients before each optimizer step.
 
     Args:
         constraint ([`OrthogonalityConstraint`]): The constraint.
-        every (`int`, defaults to `1`): Optimizer steps between projections.
-        before_step (`bool`, defaults to `False`): Project before a step, the first one included, and not after it.
-        at_end (`bool`, defaults to `True`): Project after the last step, whatever `every` is.
+        every (`int`, defaults to `1`): Number of optimizer steps between projections.
+        before_step (`bool`, defaults to `False`): Whether to project before a step, starting with the first one,
+            rather than after it.
+        at_end (`bool`, defaults to `True`): Whether to project after the last step, for any `every`.
         gradients (`bool`, defaults to `True`):
-            Project the gradients too, so that the optimizer's momentum does not keep pushing out.
+            Whether to project the gradients too, so that the optimizer's momentum stays in the orthogonal complement.
 
     Attributes:
-        report (`dict[str, float]`): What projecting did since the last time it was taken with [`take_report`].
+        report (`dict[str, float]`): The effect of the projections since the last call of [`pop_report`].
     """
 
     def __init__(
@@ -56,16 +57,16 @@ class OrthogonalityCallback(TrainerCallback):
             self.project()
 
     def project(self) -> None:
-        self._note(self.constraint.project())
+        self._update_report(self.constraint.project())
 
-    def take_report(self) -> dict[str, float]:
-        """The report, which starts anew. Without a projection since the last time, what one would do now."""
+    def pop_report(self) -> dict[str, float]:
+        """Returns and clears the report. If there was no projection, the report is what a projection would do now."""
         if not self.report:
-            self._note(self.constraint.measure())
+            self._update_report(self.constraint.measure())
         report, self.report = self.report, {}
         return report
 
-    def _note(self, done: ProjectionReport) -> None:
+    def _update_report(self, done: ProjectionReport) -> None:
         self.report = {
             "steering_overlap": max(self.report.get("steering_overlap", 0.0), done.max_overlap),
             "steering_norm_kept": min(self.report.get("steering_norm_kept", 1.0), done.kept_norm),

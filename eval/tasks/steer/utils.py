@@ -1,4 +1,4 @@
-"""The functions that the YAML files beside this one name. All of them, and all prompts, live in `trl_steer.tasks`."""
+"""The functions in the YAML files in this folder. They are defined in `trl_steer.tasks`, like the prompts."""
 
 from functools import partial
 

@@ -54,7 +54,7 @@ def test_the_folder_is_looked_for_before_the_key(tmp_path, monkeypatch, capsys):
 def test_a_submission_looks_for_its_folder_before_the_reference_files(tmp_path, capsys):
     arguments = [str(tmp_path), "--output", str(tmp_path / "new"), "--reference", str(tmp_path / "nowhere")]
     assert cli.main(["submit", *arguments]) == 2
-    assert "name a folder that `judge` wrote" in capsys.readouterr().err
+    assert "Pass a folder written by `judge`" in capsys.readouterr().err
 
 
 def test_an_interruption_says_what_is_kept_and_how_to_go_on(reference_folder, tmp_path):
@@ -71,5 +71,5 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(reference_folder, tm
         process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
-    said = f"Interrupted. Finished rows are kept in {tmp_path / 'run'}; the same command goes on from there."
+    said = f"Interrupted. Finished rows are kept in {tmp_path / 'run'}. Run the same command again to continue."
     assert shown.strip().splitlines() == [f"trl-steer alpaca-eval generate: {said}"]

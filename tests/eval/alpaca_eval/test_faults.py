@@ -10,7 +10,7 @@ import alpaca_judging
 import pytest
 from loopback_judge import KillAt, LoopbackJudge
 
-from trl_steer.eval.alpaca_eval.client import GIVE_UP_AFTER
+from trl_steer.eval.alpaca_eval.client import MAX_CONSECUTIVE_FAILURES
 from trl_steer.eval.alpaca_eval.journal import Journal
 
 
@@ -62,7 +62,7 @@ def test_rows_that_fail_do_not_count_and_a_rerun_asks_for_them_alone(
         found = alpaca_judging.result(outputs.parent)
         assert (found["n_total"], found["missing_rows"], found["complete"]) == (22, rows, False)
         assert {record["row"] for record in alpaca_judging.annotations(outputs.parent)} == set(range(24)) - set(rows)
-        assert "2 rows have no judgement" in capsys.readouterr().err
+        assert "2 rows without a judgement" in capsys.readouterr().err
         broken.clear()
         before = server.asked.copy()
         assert alpaca_judging.judge(*arguments) == 0
@@ -93,9 +93,9 @@ def test_an_endpoint_that_breaks_down_is_given_up_on(outputs, reference_folder, 
     with LoopbackJudge(lambda number, instruction: "500" if number >= 5 else None) as server:
         arguments = (outputs, reference_folder, server.url, "--in-flight", "1", "--retries", "0")
         assert alpaca_judging.judge(*arguments) == 1
-        assert server.requests == 5 + GIVE_UP_AFTER
+        assert server.requests == 5 + MAX_CONSECUTIVE_FAILURES
         assert alpaca_judging.result(outputs.parent)["n_total"] == 5
-        assert "Not asked any more after those before had failed" in capsys.readouterr().err
+        assert "Not sent, because of earlier failures" in capsys.readouterr().err
         server.fault = lambda number, instruction: None
         assert alpaca_judging.judge(*arguments) == 0
         assert set(server.answered.values()) == {1}
@@ -107,7 +107,7 @@ def test_a_refused_connection_is_said_after_one_call(outputs, reference_folder, 
         url = server.url
     assert alpaca_judging.judge(outputs, reference_folder, url, "--retries", "0") == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "gave no first judgement. No connection to" in line
+    assert "failed. No connection to" in line
 
 
 def test_a_judge_without_logprobs_is_said_after_one_row(outputs, reference_folder, capsys):
@@ -231,7 +231,10 @@ def test_interrupted_it_asks_nothing_more_although_the_client_would_try_again(ou
         process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert "Interrupted. The judge's answers are kept; the same command asks for the others only." in shown
+        assert (
+            "Interrupted. The judge's answers are kept. Run the same command again to request the missing ones."
+            in shown
+        )
         assert "Traceback" not in shown
         before = server.requests
         server.stopping.wait(0.5)
@@ -242,7 +245,7 @@ def test_interrupted_it_asks_nothing_more_although_the_client_would_try_again(ou
 def test_what_is_no_completion_is_called_so(outputs, reference_folder, body, capsys):
     with LoopbackJudge(lambda number, instruction: body) as server:
         assert alpaca_judging.judge(outputs, reference_folder, server.url) == 1
-    assert "no completion as OpenAI's API defines it" in capsys.readouterr().err
+    assert "does not answer with a completion of OpenAI's API" in capsys.readouterr().err
 
 
 def test_text_that_no_file_can_hold_costs_one_answer_and_not_the_run(outputs, reference_folder, undisturbed):

@@ -170,8 +170,8 @@ def test_how_it_writes_is_not_for_the_models_own_settings_to_say(model_folder, s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--adapter", "x", "--endpoint", "http://localhost:1/v1"], "the server has to load the adapter"),
-        (["--endpoint", "localhost"], "is no URL"),
+        (["--adapter", "x", "--endpoint", "http://localhost:1/v1"], "Load the adapter in the server"),
+        (["--endpoint", "localhost"], "must be a URL"),
         (["--limit", "0"], None),
     ],
 )

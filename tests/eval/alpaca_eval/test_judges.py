@@ -47,7 +47,7 @@ def test_there_is_more_than_one_judge_to_compare():
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, "alpaca_farm"])
 def test_a_judge_that_is_not_asked_by_openais_api_is_refused(name):
-    with pytest.raises(ValueError, match=r"openai_completions|one judge's name"):
+    with pytest.raises(ValueError, match=r"openai_completions|the name of one judge"):
         judges.resolve(name)
 
 
@@ -72,7 +72,7 @@ def written(folder, client, prompt="alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.t
 def test_a_file_sends_no_key_where_the_user_did_not_say(tmp_path, variable):
     client = {"base_url": "http://elsewhere/v1", **({"api_key_env": variable} if variable else {})}
     path = written(tmp_path, client)
-    with pytest.raises(ValueError, match="Pass --endpoint http://elsewhere/v1 if your key may go there"):
+    with pytest.raises(ValueError, match="Pass --endpoint http://elsewhere/v1 if your key may be sent there"):
         judges.resolve(path)
     assert judges.resolve(path, endpoint="http://elsewhere/v1").endpoint == "http://elsewhere/v1"
 
@@ -102,7 +102,7 @@ def test_a_prompt_lies_beside_its_file(tmp_path):
     judge = judges.resolve(written(folder, {}, "prompt.txt"))
     assert judge.request("Which is better?")["messages"] == [{"role": "user", "content": "Which is better?"}]
     for elsewhere in ("../secret.txt", "below/secret.txt", str(tmp_path / "secret.txt"), "link.txt"):
-        with pytest.raises(ValueError, match="is no file beside it"):
+        with pytest.raises(ValueError, match="is neither a file next to it"):
             judges.resolve(written(folder, {}, elsewhere))
 
 
@@ -128,13 +128,13 @@ def test_whatever_changes_an_answer_changes_the_place_of_answers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[1, 2]", "should be YAML that maps one judge's name"),
-        ("a: {b: [}", "should be YAML"),
-        ("a: {completions_kwargs: {max_tokens: 1}}", "with a model_name"),
-        ("a: {completions_kwargs: [1]}", "with a model_name"),
+        ("[1, 2]", "must be YAML with the name of one judge"),
+        ("a: {b: [}", "must be YAML"),
+        ("a: {completions_kwargs: {max_tokens: 1}}", "including model_name"),
+        ("a: {completions_kwargs: [1]}", "including model_name"),
         (
             "a: {prompt_template: nowhere.txt, completions_kwargs: {model_name: m}}",
-            "'nowhere.txt' is no file beside it",
+            "'nowhere.txt' is neither a file next to it",
         ),
     ],
 )

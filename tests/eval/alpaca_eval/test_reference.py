@@ -44,7 +44,7 @@ def test_files_of_the_pinned_revision_count_as_verified(cache, tmp_path):
 
 def test_a_set_of_another_size_is_not_the_one(cache, tmp_path):
     cache(alpaca_rows.write_reference(tmp_path / "files", 24))
-    with pytest.raises(ValueError, match="should hold 805 rows"):
+    with pytest.raises(ValueError, match="must have 805 rows"):
         reference.load()
 
 
@@ -57,7 +57,7 @@ def test_copies_are_used_as_they_are_and_not_called_verified(reference_folder):
 
 def test_what_cannot_be_fetched_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="Name a folder with"):
+    with pytest.raises(ValueError, match="Pass a folder with"):
         reference.load()
 
 
@@ -84,11 +84,11 @@ def spoil_table(folder):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_columns, "rows of instruction, output, generator, dataset"),
-        (spoil_order, "in their order"),
-        (spoil_table, "should have the columns index, instruction_difficulty"),
-        (lambda folder: (folder / reference.BASELINE).write_text("{"), "should hold .* rows"),
-        (lambda folder: (folder / reference.GAMED).unlink(), "has no df_gamed.csv"),
+        (spoil_columns, "rows with instruction, output, generator, dataset"),
+        (spoil_order, "in the same order"),
+        (spoil_table, "must have the columns index, instruction_difficulty"),
+        (lambda folder: (folder / reference.BASELINE).write_text("{"), "must have .* rows"),
+        (lambda folder: (folder / reference.GAMED).unlink(), "Can't find df_gamed.csv"),
     ],
 )
 def test_files_that_are_not_what_they_should_be_are_refused(tmp_path, spoil, said):

@@ -64,13 +64,13 @@ def test_the_papers_numbers_are_those_of_its_table():
 def test_nothing_to_report_is_said(tmp_path, capsys):
     assert cli.main(["report"]) == 2
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "holds no result.json" in capsys.readouterr().err
+    assert "There is no result.json" in capsys.readouterr().err
 
 
 def test_a_file_of_another_program_is_not_reported(tmp_path, capsys):
     (tmp_path / "result.json").write_text('{"name": "mine"}')
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "was not written by `trl-steer alpaca-eval judge`" in capsys.readouterr().err
+    assert "is not a result of `trl-steer alpaca-eval judge`" in capsys.readouterr().err
 
 
 def test_a_submission_has_the_files_and_fields_of_the_leaderboard(judged, reference_folder, tmp_path):
@@ -130,7 +130,7 @@ def test_a_name_on_the_leaderboard_is_refused(reference_folder, judge, tmp_path,
     outputs = alpaca_rows.write_outputs(tmp_path / "run" / "model_outputs.json", rows)
     alpaca_judging.judge(outputs, reference_folder, judge.url)
     assert submit(outputs.parent / "judged", reference_folder, tmp_path / "submission", "--not-comparable") == 2
-    assert "on the leaderboard already" in capsys.readouterr().err
+    assert "already on the leaderboard" in capsys.readouterr().err
 
 
 def test_what_is_no_number_and_what_is_missing_is_said_in_the_table(outputs, reference_folder, tmp_path, capsys):
@@ -140,9 +140,9 @@ def test_what_is_no_number_and_what_is_missing_is_said_in_the_table(outputs, ref
         assert cli.main(["report", str(outputs.parent), "--plot", str(tmp_path / "plot.png")]) == 0
         shown = capsys.readouterr().out
         assert "| my-model * |  | **NaN** | **NaN** |" in shown
-        assert "INCOMPLETE: 1 rows have no judgement; 1 of 805 instructions" in shown
+        assert "INCOMPLETE: 1 rows without a judgement; 1 of 805 instructions" in shown
         assert submit(outputs.parent / "judged", reference_folder, tmp_path / "submission", "--not-comparable") == 2
-    assert "The result lacks a number among" in capsys.readouterr().err
+    assert "The result has NaN among" in capsys.readouterr().err
 
 
 def test_outputs_that_changed_after_judging_are_neither_submitted_nor_reported(

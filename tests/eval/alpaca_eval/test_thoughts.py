@@ -76,7 +76,7 @@ def test_the_pattern_can_be_set(reference_folder, tmp_path):
 def test_a_pattern_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["generate", "--model", "m", "--output", "o", "--thought-pattern", "("])
-    assert "no regular expression" in capsys.readouterr().err
+    assert "not a regular expression" in capsys.readouterr().err
 
 
 def test_thoughts_in_a_field_of_their_own_are_kept_too(reference_folder, tmp_path):

@@ -40,7 +40,7 @@ def test_it_shows_its_steps_the_table_and_the_command_and_nothing_of_the_librari
     folder, shown = finished
     assert shown.stderr == ""
     lines = shown.stdout.splitlines()
-    assert "--fast shows that everything works" in lines[0]
+    assert "--fast only shows that everything works" in lines[0]
     assert "no significant result" in lines[0]
     for number, name in enumerate(("Model", "Scoring the base model", "Training", "Scoring the adapter"), 1):
         assert any(line.startswith(f"{number} of 4  {name}: ") for line in lines)
@@ -70,7 +70,7 @@ def test_run_again_it_shows_the_same_and_does_nothing(finished, model, monkeypat
     monkeypatch.setattr(runs, "_make", None)
     assert cli.main(["--fast", "--model", model, "--output", str(folder)]) == 0
     again = capfd.readouterr().out
-    assert "This run is finished" in again
+    assert "This run is already finished" in again
     assert again[again.index("Held-out") :] == shown.stdout[shown.stdout.index("Held-out") :]
 
 
@@ -112,18 +112,18 @@ def test_control_c_is_a_line_that_says_what_is_kept_and_how_to_go_on(model, tmp_
         fault.setattr(console.Console, "progress", interrupt)
         assert cli.main(arguments) == 130
         said = capfd.readouterr().err.splitlines()[-1]  # below what goes to the log outside of a test
-        assert "keeps the base model's score and training up to step 15." in said
-        assert "The same command goes on from there." in said
+        assert "has the base model's score and training up to step 15." in said
+        assert "The same command continues from there." in said
     assert cli.main(arguments) == 0
-    assert "Going on from step 15." in capfd.readouterr().out
+    assert "Resuming from step 15." in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--method", "lowrank"], "'low_rank'"),
-        (["--seed", "-1"], "whole number"),
-        (["--seed", "1.5"], "'1.5' is not a seed"),
+        (["--seed", "-1"], "expected an integer"),
+        (["--seed", "1.5"], "got '1.5'"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments, said, capsys):
@@ -136,8 +136,8 @@ def test_wrong_arguments_say_what_is_allowed(arguments, said, capsys):
     ("arguments", "said"),
     [
         (["--output", "/proc/nowhere"], "/proc/nowhere"),
-        (["--output", __file__], "is a file; give a folder"),
-        (["--model", "./absent"], "there is no such folder"),
+        (["--output", __file__], "is a file. Choose a folder"),
+        (["--model", "./absent"], "There is no folder"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(arguments, said, capfd):
@@ -181,7 +181,7 @@ def test_shortcuts_are_scored_on_the_held_out_examples(monkeypatch):
     task = dataclasses.replace(report.get_task("listops_synthetic"), splits={"default": lambda _: None})
     monkeypatch.setattr(type(task), "rows", lambda *_, **__: rows)
     # answers 1, 8, 3; the most frequent training answer is 1
-    assert report.shortcuts("listops_synthetic", {}) == {
+    assert report.baselines("listops_synthetic", {}) == {
         "majority answer": [True, False, False],
         "largest digit": [False, True, False],
         "root operator over all digits": [False, True, False],

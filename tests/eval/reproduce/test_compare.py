@@ -28,7 +28,7 @@ def test_it_says_which_is_better_and_how_surely(tmp_path, capsys):
     assert f"{TASK}, 40 examples\n  0.750  {folders[0]}\n  0.375  {folders[1]}\n" in said
     _, (low, high) = paired_bootstrap(ours, theirs)
     assert f"first minus second: +0.375, 95% interval {low:+.3f} to {high:+.3f} (paired bootstrap)" in said
-    assert "right in the first alone 15, in the second alone 0" in said
+    assert "correct only in the first 15, only in the second 0" in said
     assert f"p = {exact_mcnemar(ours, theirs, alternative='two-sided'):.2g} (exact McNemar test" in said
 
 
@@ -39,7 +39,7 @@ def test_runs_on_other_examples_are_refused(other, tmp_path, capsys):
     assert compare.main([first, second]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert ("There is no task" if "task" in other else "needs the same examples") in said.err
+    assert ("no task in common" if "task" in other else "needs the same examples") in said.err
     assert said.err.count("\n") == 1
 
 

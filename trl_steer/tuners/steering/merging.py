@@ -90,7 +90,7 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
                                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                                 f"broken: its weights at {name} have NaN or infinite values. Nothing was merged."
                             )
-                        merged.parameter.data = merged.after.clone()  # merging LoRA may change it in place
+                        merged.parameter.data = merged.after.clone()  # other adapters may be merged into it in place
                         done.append((layer, merged))
     for layer, merged in done:
         layer.merged_tensors.append(merged)

@@ -1,6 +1,6 @@
 """The arguments of TRL's `sft` script and of `accelerate launch`, read from their source files.
 
-Importing TRL takes seconds, in which a mistyped argument need not wait to be told.
+Importing TRL takes seconds, and errors in arguments should be shown without delay.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 
 class ArgumentError(ValueError):
-    """An argument is unknown or has a value that it cannot have."""
+    """An argument is unknown or has an invalid value."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """An argument of another program: its annotation and help as they are written in the source."""
+class Argument:
+    """The annotation and the help of an argument, as in the source."""
 
     annotation: str
     help: str
 
 
-def trl_arguments() -> dict[str, Known]:
-    """The arguments of TRL's `sft` script, with ours of joint training."""
+def trl_arguments() -> dict[str, Argument]:
+    """The arguments of TRL's `sft` script, and the fields of [`JointOrthSFTConfig`]."""
     trl, transformers = _folder("trl"), _folder("transformers")
-    found: dict[str, Known] = {}
+    found: dict[str, Argument] = {}
     for path in (
         transformers / "training_args.py",
         trl / "trainer" / "base_config.py",
@@ -41,7 +41,7 @@ def trl_arguments() -> dict[str, Known]:
 
 
 def launcher_arguments() -> set[str]:
-    """The options of `accelerate launch`, and TRL's way to name one of its configurations."""
+    """The options of `accelerate launch`, and TRL's `--accelerate_config`."""
     source = (_folder("accelerate") / "commands" / "launch.py").read_text(encoding="utf-8")
     return {"accelerate_config"} | {
         str(argument.value).removeprefix("--")
@@ -55,18 +55,18 @@ def launcher_arguments() -> set[str]:
 def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ArgumentError(f"The package {package} is not installed: pip install {package}")
+        raise ArgumentError(f"The package {package} is not installed. Run `pip install {package}`.")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _dataclass_fields(path: Path) -> dict[str, Known]:
+def _dataclass_fields(path: Path) -> dict[str, Argument]:
     found = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.ClassDef) or node.name in ("DatasetConfig",):
             continue
         for line in node.body:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                found[line.target.id] = Known(ast.unparse(line.annotation), _help(line.value))
+                found[line.target.id] = Argument(ast.unparse(line.annotation), _help(line.value))
     return found
 
 
