@@ -176,11 +176,11 @@ def test_no_memory_is_taken_for_a_rank_that_the_file_does_not_have(case, config,
     folder = edited(tmp_path / "huge", good(case), config, steering if tensors == "steering only" else None)
     model = base_model(case)
     peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         PeftModel.from_pretrained(model, folder)
     assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
-    assert_refused(case, folder, "do not fit")
+    assert_refused(case, folder, "do not match")
 
 
 @pytest.mark.parametrize("case", ["low rank", "joint"])
@@ -189,7 +189,7 @@ def test_keys_without_the_prefix_are_refused(case, good, tmp_path):
         return {key.removeprefix("base_model.model.") if "1" in key else key: t for key, t in tensors.items()}
 
     folder = edited(tmp_path / "bare", good(case), tensors=without_prefix)
-    assert_refused(case, folder, "no place|is missing")
+    assert_refused(case, folder, "unexpected|is missing")
     model = adapted_model(case)
     before = anatomy(model)
     with pytest.raises(ValueError, match=str(folder)):

@@ -33,7 +33,7 @@ def test_what_zero3_leaves_of_a_parameter_is_refused_by_name(config, leaf, tmp_p
     model = get_peft_model(tiny_model(), config)
     name, parameter = next((name, p) for name, p in model.named_parameters() if name.endswith(leaf))
     parameter.data = torch.empty(0)  # as DeepSpeed does
-    assert name in assert_refused(model, tmp_path, "which holds nothing")
+    assert name in assert_refused(model, tmp_path, "without elements")
 
 
 @pytest.mark.parametrize("case", ["steering", "sublayer", "joint, steering half", "joint, LoRA half"])
@@ -42,13 +42,13 @@ def test_a_flat_piece_of_a_matrix_is_refused_by_name(case, tmp_path):
     model = get_peft_model(tiny_model(), config)
     state = {name: t.flatten()[:7] if name.endswith(leaf) else t for name, t in model.state_dict().items()}
     named = next(name for name in state if name.endswith(leaf))
-    assert named in assert_refused(model, tmp_path, "a matrix is expected", state_dict=state)
+    assert named in assert_refused(model, tmp_path, "expected a matrix", state_dict=state)
 
 
 @over_rows
 def test_a_state_dict_without_the_adapter_is_refused(row, tmp_path):
     model = get_peft_model(tiny_model(), ROWS[row].config())
-    assert_refused(model, tmp_path, "no tensor of adapter 'default'", state_dict={})
+    assert_refused(model, tmp_path, "no tensors of adapter 'default'", state_dict={})
 
 
 def test_magnitudes_and_biases_of_lora_are_no_flat_pieces(tmp_path):

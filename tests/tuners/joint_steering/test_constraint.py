@@ -60,5 +60,5 @@ def test_weights_that_projecting_would_not_reach_are_refused(replace):
     constraint = OrthogonalityConstraint(model, "default")
     for adapter in [module for module in model.modules() if isinstance(module, LowRankAdapter)]:
         replace(adapter)
-    with pytest.raises(ValueError, match=r"layers\.0 is computed from others"):
+    with pytest.raises(ValueError, match=r"layers\.0 is computed by pruning"):
         constraint.project()

@@ -108,7 +108,7 @@ def test_merging_into_a_bias_that_two_blocks_share_is_refused():
     base.model.layers[1].mlp.down_proj.bias = base.model.layers[0].mlp.down_proj.bias
     model = get_peft_model(base, PostBlockSteeringConfig(**VECTOR)).eval()
     expected = logits(model)
-    with pytest.raises(ValueError, match="shares with other layers"):
+    with pytest.raises(ValueError, match="shared with other layers"):
         model.merge_adapter()
     assert torch.equal(logits(model), expected)
 

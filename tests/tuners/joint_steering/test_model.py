@@ -164,11 +164,11 @@ def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         split_adapter(tmp_path / "joint", lora=tmp_path / "full", steering=tmp_path / "steering")
     assert not (tmp_path / "steering").exists()
-    with pytest.raises(ValueError, match="a LoraConfig is expected"):
+    with pytest.raises(ValueError, match="expected a LoraConfig"):
         join_adapters(tmp_path / "joint", tmp_path / "joint", tmp_path / "out")
     replicated = get_peft_model(tiny_model(), JointSteeringConfig(layer_replication=[(0, 2), (1, 3)]))
     replicated.save_pretrained(tmp_path / "replicated")
-    with pytest.raises(ValueError, match="replicates blocks"):
+    with pytest.raises(ValueError, match="layer_replication"):
         split_adapter(tmp_path / "replicated", lora=tmp_path / "lora", steering=tmp_path / "steering")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "joint", "replicated"]
 
@@ -191,7 +191,7 @@ def test_splitting_an_incomplete_adapter_is_refused(half, tmp_path):
         path.write_bytes(b"nothing of the kind")
     else:
         save_file({key: t for key, t in load_file(path).items() if ("steering" in key) == (half == "lora_A")}, path)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"half; it is not complete|find weights|cannot be read"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"it has no|find weights|Can't read"):
         split_adapter(tmp_path / "joint", lora=tmp_path / "lora", steering=tmp_path / "steering")
     assert [child.name for child in tmp_path.iterdir()] == ["joint"]
 
@@ -205,7 +205,7 @@ def test_joining_two_trained_copies_of_one_module_is_refused(tmp_path):
         steered.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
     steered.save_pretrained(tmp_path / "other")
     join_adapters(tmp_path / "lora", tmp_path / "same", tmp_path / "joined")
-    with pytest.raises(ValueError, match=r"lm_head\.weight, and their weights differ"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight, with different weights"):
         join_adapters(tmp_path / "lora", tmp_path / "other", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -350,7 +350,7 @@ def test_replicated_blocks_have_both_halves():
 def test_a_lora_half_without_a_target_is_refused_and_the_model_stays_as_it_is(lora):
     base = tiny_model().eval()
     names = {name for name, _ in base.named_modules()}
-    with pytest.raises(ValueError, match="No module is left for LoRA"):
+    with pytest.raises(ValueError, match="No module for LoRA matches"):
         get_peft_model(base, JointSteeringConfig(**lora))
     assert {name for name, _ in base.named_modules()} == names
 

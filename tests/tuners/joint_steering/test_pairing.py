@@ -112,11 +112,11 @@ def test_blocks_that_lora_leaves_alone_are_left_out():
 @pytest.mark.parametrize(
     ("config", "modules", "message"),
     [
-        ({"target_modules": ["q_proj"]}, None, "the constraint would be empty"),
-        ({}, ["nonsense"], r"is called \['nonsense'\]"),
-        ({}, ["down_proj", "o_prj"], r"called \['o_prj'\]"),
-        ({"r": 28, "steering": {"r": 8}}, None, "together exceed the hidden size 32"),
-        ({"r": 32, "steering": {"steering_type": "vector"}}, None, "no orthogonal complement"),
+        ({"target_modules": ["q_proj"]}, None, "There is nothing to be orthogonal to"),
+        ({}, ["nonsense"], r"is one of \['nonsense'\]"),
+        ({}, ["down_proj", "o_prj"], r"contains \['o_prj'\]"),
+        ({"r": 28, "steering": {"r": 8}}, None, "exceeds the hidden size 32"),
+        ({"r": 32, "steering": {"steering_type": "vector"}}, None, "exceeds the hidden size"),
     ],
 )
 def test_constraints_that_cannot_hold_are_refused(config, modules, message):

@@ -204,12 +204,12 @@ def test_matrices_of_which_only_one_is_sharded_are_refused(unused_tcp_port):
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(torch.randn(D, 8), mesh, [Shard(0)])
-        with pytest.raises(ValueError, match="shard both or neither"):
+        with pytest.raises(ValueError, match="Shard both or neither"):
             project_([([sharded], torch.randn(D, 4))])
         with pytest.raises(ValueError, match="same device mesh"):
             project_([([torch.randn(D, 8)], sharded)])
         columns = distribute_tensor(torch.randn(D, 8), mesh, [Shard(1)])
-        with pytest.raises(ValueError, match="rows sharded"):
+        with pytest.raises(ValueError, match="whose rows are sharded"):
             project_([([columns], sharded)])
     finally:
         torch.distributed.destroy_process_group()

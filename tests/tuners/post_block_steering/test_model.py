@@ -59,7 +59,7 @@ def test_file_has_the_documented_names_and_shapes(family, kind, tmp_path):
 def test_refusal_to_merge_says_why_and_what_to_do_instead(kind):
     with pytest.raises(ValueError, match="cannot be merged") as error:
         steer(tiny_model("gpt2"), kind).merge_and_unload()
-    reason = "multiplies the whole residual stream" if kind == "low_rank" else "nonlinear"
+    reason = "multiplies the residual stream" if kind == "low_rank" else "nonlinear"
     assert reason in str(error.value)
     assert "save_pretrained" in str(error.value)
     assert "vLLM" in str(error.value)

@@ -171,12 +171,20 @@ def test_compiled_code_sees_the_swapped_weights(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("low_rank", {"r": 5}, "its r is 5 and 3"),
-        ("silu", {}, "its activation is 'silu' and None"),
-        ("vector", {}, "its steering_type is 'vector' and 'low_rank'"),
+        ("low_rank", {"r": 5}, "its r is 5, but the loaded adapter has 3"),
+        ("silu", {}, "its activation is 'silu', but the loaded adapter has None"),
+        ("vector", {}, "its steering_type is 'vector', but the loaded adapter has 'low_rank'"),
         ("low_rank", {"layers_to_transform": [0, 1]}, r"layers\.2.*missing"),
-        ("low_rank", {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\] and None"),
-        ("low_rank", {"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\] and None"),
+        (
+            "low_rank",
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save is \['lm_head'\], but.* has None",
+        ),
+        (
+            "low_rank",
+            {"trainable_token_indices": [1]},
+            r"trainable_token_indices is \[1\], but.* has None",
+        ),
     ],
 )
 def test_hot_swap_of_another_form_is_refused_and_changes_nothing(kind, fields, message, tmp_path):

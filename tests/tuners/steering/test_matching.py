@@ -120,7 +120,7 @@ def test_error_asks_for_target_modules_with_an_example(lengths):
     model = Stacks(**lengths)
     with pytest.raises(ValueError, match=re.escape("target_modules=")) as error:
         steer(model, task_type=None)
-    found = "several lists fit: ['decoder', 'encoder']" if "encoder" in lengths else "none was found"
+    found = "found several: ['decoder', 'encoder']" if "encoder" in lengths else "found none"
     assert found in str(error.value)
     assert "Stacks" in str(error.value)
 
@@ -174,13 +174,13 @@ def test_fields_choose_blocks(fields, expected):
         ({"target_modules": ["q_proj"]}, "no block 'q_proj'"),
         ({"target_modules": ["layers.7"]}, "no block 'layers.7'"),
         ({"target_modules": ["layers", "nonsense"]}, "no block 'nonsense'"),
-        ({"target_modules": r".*q_proj"}, "No block is left"),
-        ({"target_modules": "all-linear"}, "No block is left"),
-        ({"target_modules": []}, "No block is left"),
-        ({"exclude_modules": ["layers"]}, "No block is left"),
+        ({"target_modules": r".*q_proj"}, "No block to steer"),
+        ({"target_modules": "all-linear"}, "No block to steer"),
+        ({"target_modules": []}, "No block to steer"),
+        ({"exclude_modules": ["layers"]}, "No block to steer"),
         ({"exclude_modules": ["lm_head"]}, "no block 'lm_head'"),
-        ({"layers_to_transform": [0, 3]}, r"names blocks \[3\]"),
-        ({"layers_to_transform": [1], "exclude_modules": ["layers.1"]}, "No block is left"),
+        ({"layers_to_transform": [0, 3]}, r"contains \[3\]"),
+        ({"layers_to_transform": [1], "exclude_modules": ["layers.1"]}, "No block to steer"),
     ],
 )
 def test_what_does_not_exist_is_refused_and_the_model_stays_whole(fields, message):
@@ -248,7 +248,7 @@ def test_choice_is_the_intersection_of_its_fields(data):
     if expected:
         assert indices(matched(model, **fields)) == sorted(expected)
     else:
-        with pytest.raises(ValueError, match="No block is left"):
+        with pytest.raises(ValueError, match="No block to steer"):
             matched(model, **fields)
 
 

@@ -1,4 +1,4 @@
-"""A joint adapter's folder as two, and two as one."""
+"""Splits the folder of a joint adapter into a LoRA and a steering adapter, and joins two such folders."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 
 from ...files import new_folders
 from ..post_block_steering import PostBlockSteeringConfig, PostBlockSteeringLayer
-from ..steering.card import DescribesItself, public_id
-from ..steering.folder import PREFIX, AdapterFolder, check_without_model
+from ..steering.card import ModelCardMixin, public_id
+from ..steering.folder import PREFIX, AdapterFolder, check_steering_tensors
 from .config import JointSteeringConfig, check_lora_fields
 
-# The steering half's module inside a joint adapter and in an adapter of its own.
+# Part of the keys of steering tensors in a joint adapter, and in a post-block steering adapter.
 _JOINT_LEAF, _LEAF = ".post_block_steering.lora_steering_adapter.", ".post_block_steering.steering_adapter."
 
 
 class Adapter(NamedTuple):
-    """What a folder holds."""
+    """The contents of an adapter folder."""
 
     config: PeftConfig
     tensors: dict[str, torch.Tensor]
@@ -33,29 +33,29 @@ class Adapter(NamedTuple):
 
 def split_adapter(folder: str | Path, lora: str | Path, steering: str | Path) -> None:
     """
-    Writes the halves of a joint adapter into folders of their own: both, or none where something fails. If this was
-    killed after the first one, running it again writes the other.
+    Splits a joint adapter into a LoRA adapter and a post-block steering adapter.
 
-    The LoRA half is a plain PEFT adapter that loads without this package. `modules_to_save` and trainable tokens go
-    with it.
+    The LoRA adapter is a plain PEFT adapter, which can be loaded without this package. It includes `modules_to_save`
+    and trainable tokens. If writing fails, neither folder is written. If the process is killed between the two,
+    running it again completes the split.
 
     Args:
         folder (`str` or `Path`): Folder or Hub id of the joint adapter.
-        lora (`str` or `Path`): Folder to write the LoRA half into.
-        steering (`str` or `Path`): Folder to write the steering half into.
+        lora (`str` or `Path`): Folder to write the LoRA adapter to.
+        steering (`str` or `Path`): Folder to write the steering adapter to.
 
     Raises:
         ValueError:
-            `folder` holds another kind of adapter, a broken or incomplete one, or one that replicates blocks; or one
-            output lies in the other.
-        FileExistsError: A folder to write into exists and is not empty.
+            `folder` does not have a valid joint adapter, or the adapter uses `layer_replication`, or one output folder
+            is inside the other.
+        FileExistsError: An output folder exists and is not empty.
     """
     joint = _load(folder, JointSteeringConfig)
     config: Any = joint.config
     if config.layer_replication:
         raise ValueError(
-            f"{folder} replicates blocks (layer_replication={config.layer_replication}), which only LoRA can do: a "
-            "steering half of its own would miss the blocks that it steers."
+            f"{folder} cannot be split, because it uses layer_replication={config.layer_replication}. A steering "
+            "adapter cannot replicate blocks, so it would steer blocks that do not exist. Use the joint adapter."
         )
     halves: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}
     for key, tensor in joint.tensors.items():
@@ -71,17 +71,17 @@ def split_adapter(folder: str | Path, lora: str | Path, steering: str | Path) ->
 
 def join_adapters(lora: str | Path, steering: str | Path, folder: str | Path) -> None:
     """
-    Writes a LoRA and a steering adapter of the same base model as one joint adapter.
+    Joins a LoRA and a post-block steering adapter of the same base model into a joint adapter.
 
     Args:
         lora (`str` or `Path`): Folder or Hub id of the LoRA adapter.
         steering (`str` or `Path`): Folder or Hub id of the post-block steering adapter.
-        folder (`str` or `Path`): Folder to write the joint adapter into.
+        folder (`str` or `Path`): Folder to write the joint adapter to.
 
     Raises:
         ValueError:
-            An input is another kind of adapter or broken, they are for different base models, or both hold weights of
-            the same other module (`modules_to_save`) and these differ.
+            An input is not a valid adapter of its kind, the base models are different, or both adapters have the same
+            module in `modules_to_save`, with different weights.
         FileExistsError: `folder` exists and is not empty.
     """
     halves = _load(lora, LoraConfig), _load(steering, PostBlockSteeringConfig)
@@ -97,7 +97,9 @@ def join_adapters(lora: str | Path, steering: str | Path, folder: str | Path) ->
     tensors = dict(halves[0].tensors)
     for key, tensor in halves[1].tensors.items():
         if key in tensors and not torch.equal(tensors[key], tensor):
-            raise ValueError(f"Both adapters hold {key}, and their weights differ; only one of them can have it.")
+            raise ValueError(
+                f"Both adapters have {key}, with different weights. Join adapters that do not share modules."
+            )
         tensors[key.replace(_LEAF, _JOINT_LEAF)] = tensor
     _write([Path(folder)], [Adapter(config, tensors)])
 
@@ -106,38 +108,39 @@ def _load(path: str | Path, kind: Any) -> Adapter:
     folder = AdapterFolder.open(path)
     config: Any = folder.config
     if type(config) is not kind:
-        raise ValueError(f"{path} holds a {type(config).__name__}, a {kind.__name__} is expected.")
+        raise ValueError(f"{path} has a {type(config).__name__}, expected a {kind.__name__}.")
     if isinstance(config, LoraConfig):
         try:
             check_lora_fields(config)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is broken: {error}") from error
+            raise ValueError(f"{path} is not a valid adapter: {error}") from error
     return Adapter(config, folder.tensors())
 
 
 def _check(path: str | Path, adapter: Adapter) -> None:
-    """What can be told without a model of what `PeftModel.from_pretrained` checks."""
+    """Checks the tensors of an adapter, as far as possible without a model."""
     is_steering = isinstance(adapter.config, PostBlockSteeringConfig)
     own = {key: t for key, t in adapter.tensors.items() if (_LEAF if is_steering else ".lora_") in key}
     if not own:
-        half = "steering" if is_steering else "LoRA"
-        raise ValueError(f"{path} holds no weights of a {half} half; it is not complete.")
+        kind = "steering" if is_steering else "LoRA"
+        raise ValueError(f"{path} is not a valid adapter: it has no {kind} weights.")
     try:
         if is_steering:
-            check_without_model(PostBlockSteeringLayer, adapter.config, own)
+            check_steering_tensors(PostBlockSteeringLayer, adapter.config, own)
         else:
             _check_lora(adapter)
     except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}") from error
-    strays = sorted(key for key in adapter.tensors if not key.startswith(PREFIX))
-    if strays:
-        raise ValueError(f"{path} is broken: {', '.join(strays[:4])} should begin with {PREFIX!r}.")
-    integers = sorted(key for key, t in own.items() if not t.is_floating_point())
-    if integers:
-        raise ValueError(f"{path} is broken: {', '.join(integers[:4])} should have floating point numbers.")
-    broken = [key for key, t in adapter.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if broken:
-        raise ValueError(f"{path} is broken: NaN or infinite values in {', '.join(sorted(broken)[:4])}.")
+        raise ValueError(f"{path} is not a valid adapter: {error}") from error
+    problems = {
+        f"keys should start with {PREFIX!r}": [key for key in adapter.tensors if not key.startswith(PREFIX)],
+        "tensors should be floating point": [key for key, t in own.items() if not t.is_floating_point()],
+        "tensors have NaN or infinite values": [
+            key for key, t in adapter.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()
+        ],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise ValueError(f"{path} is not a valid adapter: {problem}: {', '.join(sorted(keys)[:4])}.")
 
 
 def _check_lora(adapter: Adapter) -> None:
@@ -153,46 +156,46 @@ def _check_lora(adapter: Adapter) -> None:
         missing = [leaf for leaf, is_wanted in wanted.items() if is_wanted and {**leaves, **pair}.get(leaf) is None]
         unknown = [leaf for leaf in leaves if leaf[:2] in ("A.", "B.") and leaf[2:] not in ("weight", "bias")]
         if missing or unknown:
-            raise ValueError(f"{module} lacks {missing} of lora_ and has {unknown} too many.")
+            raise ValueError(f"{module} has missing LoRA tensors {missing} or unexpected ones {unknown}.")
         _check_rank(config, module, pair["A"], pair["B"])  # type: ignore[arg-type]
 
 
 def _check_rank(config: Any, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
     patterns = config.rank_pattern or {}
     r = patterns.get(get_pattern_key(list(patterns), module.removeprefix(PREFIX)), config.r)
-    if config.use_bdlora or config.use_qalora or config.target_parameters:  # which store matrices of other shapes
+    if config.use_bdlora or config.use_qalora or config.target_parameters:  # whose matrices have other shapes
         fits = any(size % r == 0 for size in (*A.shape, *B.shape))
     else:
         fits = A.dim() == B.dim() >= 2 and A.shape[0] == B.shape[1] == r
     if not fits:
         raise ValueError(
-            f"{module} has matrices of shapes {tuple(A.shape)} and {tuple(B.shape)}, and the configuration says "
-            f"rank {r}."
+            f"{module} has matrices of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected rank {r} as in the "
+            "configuration."
         )
 
 
 def _write(targets: Sequence[Path], adapters: Sequence[Adapter]) -> None:
-    """Writes all adapters, or none. What is already there, whole and the same, is left as it is."""
+    """Writes all adapters, or none if one fails. Skips folders that already have the same adapter."""
     pairs = zip(targets, adapters, strict=True)
-    missing = [(target, adapter) for target, adapter in pairs if not _holds(target, adapter)]
+    missing = [(target, adapter) for target, adapter in pairs if not _is_written(target, adapter)]
     with new_folders(*(target for target, _ in missing)) as partials:
         for partial, (_, adapter) in zip(partials, missing, strict=True):
             contiguous = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
             try:
                 save_file(contiguous, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-            except SafetensorError as error:  # of a full disk, for example
-                raise OSError(f"{SAFETENSORS_WEIGHTS_NAME} cannot be written: {error}") from error
+            except SafetensorError as error:  # for example if the disk is full
+                raise OSError(f"Can't write {SAFETENSORS_WEIGHTS_NAME}: {error}") from error
             adapter.config.save_pretrained(str(partial))
-            if not isinstance(adapter.config, DescribesItself):
+            if not isinstance(adapter.config, ModelCardMixin):
                 _lora_card(adapter.config).save(partial / "README.md")
 
 
-def _holds(target: Path, adapter: Adapter) -> bool:
+def _is_written(target: Path, adapter: Adapter) -> bool:
     if not (target / CONFIG_NAME).is_file():
         return False
     try:
         found = _load(target, type(adapter.config))
-    except Exception:  # whatever it is, it is something else
+    except Exception:  # not a valid adapter, so not the same one
         return False
     return (
         found.config.to_dict() == adapter.config.to_dict()
@@ -203,5 +206,5 @@ def _holds(target: Path, adapter: Adapter) -> bool:
 
 def _lora_card(config: PeftConfig) -> ModelCard:
     data = ModelCardData(library_name="peft", base_model=public_id(config.base_model_name_or_path), tags=["lora"])
-    text = "# LoRA adapter\n\nThe LoRA half of a joint adapter that was trained with `trl_steer`. Load it with PEFT."
+    text = "# LoRA adapter\n\nThe LoRA part of a joint adapter that was trained with `trl_steer`. Load it with PEFT."
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")

@@ -1,4 +1,4 @@
-"""Which LoRA matrices a steering update has to stay orthogonal to, found by structure."""
+"""Finds the LoRA matrices that the steering update of each block has to be orthogonal to."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..steering.layer import SteeringLayer
+from ..steering.matching import is_called
 from ..steering.sites import BlockAnatomy
 
 
 class NormGain:
     """
-    What a norm multiplies each feature by. Read at each use, since norms may be trained, and are sharded by FSDP2.
+    The factor of a norm on each feature. Not cached, since the norm may be trained, and FSDP2 shards its weight.
 
     Args:
         norm (`nn.Module`): An RMS norm or layer norm with a weight (d,).
@@ -29,13 +30,13 @@ class NormGain:
         self.norm = norm
         self.offset = 0.0
         if not isinstance(norm, nn.LayerNorm):
-            # Gemma's norms multiply by one plus their weight, so a weight of zero tells.
+            # Gemma's norms multiply by `1 + weight`.
             ones = torch.ones_like(norm.weight.detach(), dtype=torch.float32)
             of_zero = torch.func.functional_call(norm, {"weight": torch.zeros_like(ones)}, (ones[None],))
             self.offset = float(of_zero.mean().round())
 
-    def times(self, B: torch.Tensor) -> torch.Tensor:
-        """`diag(gamma) B`, (d, r_lora). In float64: rounding would turn the small singular directions of `B`."""
+    def scale_rows(self, B: torch.Tensor) -> torch.Tensor:
+        """`diag(gamma) B`, (d, r_lora), in float64, since rounding would change small singular vectors of `B`."""
         gain = (self.norm.weight.detach().double() + self.offset).to(B.device).unsqueeze(1)
         if isinstance(B, DTensor) and not isinstance(gain, DTensor):
             gain = distribute_tensor(gain, B.device_mesh, [Shard(0)])
@@ -44,13 +45,13 @@ class NormGain:
 
 @dataclass
 class Pair:
-    """A steered block and the LoRA layers that write into the residual stream there.
+    """A steered block and its LoRA layers that write to the residual stream.
 
     Attributes:
         name (`str`): Name of the block.
         steering ([`SteeringLayer`]): Its steering layer.
         lora_layers (`list[tuple[LoraLayer, NormGain | None]]`):
-            LoRA layers, each with the gain of the norm between it and the residual addition, if there is one.
+            The LoRA layers, each with the gain of the norm between it and the residual addition, if there is one.
     """
 
     name: str
@@ -58,15 +59,15 @@ class Pair:
     lora_layers: list[tuple[LoraLayer, NormGain | None]]
 
     def output_matrices(self, adapter_name: str) -> list[torch.Tensor]:
-        """The matrices (d, r_lora) whose columns span what LoRA can write: `B`, or `diag(gamma) B` before a norm."""
+        """The matrices (d, r_lora) whose columns span the output of LoRA: `B`, or `diag(gamma) B` before a norm."""
         matrices = []
         for lora, gain in self.lora_layers:
             B = _output_matrix(lora.lora_B[adapter_name]).detach()
-            matrices.append(B if gain is None else gain.times(B))
+            matrices.append(B if gain is None else gain.scale_rows(B))
         return matrices
 
     def steering_matrix(self, adapter_name: str, side: str) -> nn.Parameter:
-        """`W_up` (d, r) or the vector (d,) for `side="output"`, `W_down` (r, d) for `"input"`."""
+        """The steering weight: `W_up` (d, r) or the vector (d,) for `side="output"`, `W_down` (r, d) for `"input"`."""
         adapter: Any = self.steering.adapters[adapter_name]
         if side == "input":
             return adapter.down
@@ -77,23 +78,23 @@ def find_pairs(
     model: nn.Module, adapter_name: str, modules: Sequence[str] | None = None, norms: bool = True
 ) -> list[Pair]:
     """
-    Pairs each steered block with the LoRA layers that write into the residual stream there.
+    Pairs each steered block with its LoRA layers that write to the residual stream.
 
-    A block that ends in a norm *behind* the residual addition (OPT-350m, by `do_layer_norm_before=False`) mixes what
-    LoRA writes with everything else there; the pairing is then about what comes in front of that norm.
+    If a block ends in a norm *after* the residual addition (OPT-350m, with `do_layer_norm_before=False`), the pairs do
+    not take this norm into account.
 
     Args:
         model (`nn.Module`): A model with a joint adapter.
-        adapter_name (`str`): The adapter.
+        adapter_name (`str`): The name of the adapter.
         modules (`Sequence[str]`, *optional*):
-            Names, or their endings, of the modules inside a block to pair with. By default the MLP's last linear
-            layer whose output has the width of the residual stream; where no module is called an MLP, the last such
-            layer outside of the attention.
+            Names, or ends of names, of the modules in a block to pair with. Default: the last linear layer of the MLP
+            whose output has the width of the residual stream, or the last such layer outside the attention if no
+            module is an MLP.
         norms (`bool`, defaults to `True`):
-            Whether the gain of a norm between LoRA and the residual addition counts.
+            Whether to take the norm between LoRA and the residual addition into account, if there is one.
 
     Raises:
-        ValueError: There is nothing to pair with, LoRA misses it, or its rank leaves no room for steering.
+        ValueError: There are no such modules, LoRA does not target any of them, or the ranks exceed the hidden size.
     """
     pairs: list[Pair] = []
     unknown = set(modules or ())
@@ -102,7 +103,7 @@ def find_pairs(
             continue
         name, anatomy = layer_name.rpartition(".")[0], layer.anatomy
         wanted = _wanted_modules(name, anatomy, modules)
-        unknown -= {m for m in unknown if any(_is_called(n, m) for n in wanted)}
+        unknown -= {m for m in unknown if any(is_called(n, m) for n in wanted)}
         lora_layers: list[Any] = [
             (anatomy.block.get_submodule(n), _gain_after(anatomy, n, adapter_name) if norms else None)
             for n in wanted
@@ -111,17 +112,21 @@ def find_pairs(
         _check_rank(name, layer, adapter_name, lora_layers)
         pairs.append(Pair(name, layer, lora_layers))
     if not pairs:
-        raise ValueError(f"Adapter {adapter_name!r} steers no block of this model, so there is nothing to constrain.")
+        raise ValueError(
+            f"There is nothing to constrain, because adapter {adapter_name!r} steers no block of this model. Use a "
+            "JointSteeringConfig, or set orthogonal=False."
+        )
     if unknown:
         raise ValueError(
-            f"orthogonal_modules names {sorted(unknown)}, but no steered block has a linear layer called "
-            f"{sorted(unknown)} that writes into the residual stream."
+            f"orthogonal_modules contains {sorted(unknown)}, but no steered block has a linear layer with such a name "
+            "that writes to the residual stream. Remove them."
         )
     if not any(pair.lora_layers for pair in pairs):
         raise ValueError(
-            f"LoRA adapter {adapter_name!r} targets none of the modules that write into the residual stream "
-            f"({'the last linear layer of the MLPs' if modules is None else list(modules)}), so the constraint would "
-            "be empty. Add them to target_modules, choose others with orthogonal_modules, or set orthogonal=False."
+            f"There is nothing to be orthogonal to, because LoRA adapter {adapter_name!r} does not target any of the "
+            "modules that write to the residual stream "
+            f"({'the last linear layer of the MLPs' if modules is None else list(modules)}). Add them to "
+            "target_modules, choose others with orthogonal_modules, or set orthogonal=False."
         )
     return [pair for pair in pairs if pair.lora_layers]
 
@@ -133,32 +138,28 @@ def _wanted_modules(name: str, anatomy: BlockAnatomy, modules: Sequence[str] | N
         if last is not None:
             return [last]
         reason = (
-            f"outside of its attention, none has an output of width {anatomy.hidden_size}. Name one with "
+            f"none outside its attention has an output of width {anatomy.hidden_size}. Choose one with "
             "orthogonal_modules, or set orthogonal=False."
         )
     else:
-        linears = anatomy.residual_writers()
-        wanted = [n for n in linears if any(_is_called(n, m) for m in modules)]
+        linears = anatomy.residual_linear_layers()
+        wanted = [n for n in linears if any(is_called(n, m) for m in modules)]
         if wanted:
             return wanted
         reason = (
-            f"none of its linear layers of width {anatomy.hidden_size} is called {list(modules)}. They are {linears}."
+            f"none with an output of width {anatomy.hidden_size} is one of {list(modules)}. Choose from {linears}."
         )
-    raise ValueError(f"{name} has no linear layer to keep steering orthogonal to: {reason}")
-
-
-def _is_called(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
+    raise ValueError(f"{name} has no linear layer for steering to be orthogonal to: {reason}")
 
 
 def _output_matrix(lora_B: Any) -> torch.Tensor:
-    """LoRA's `B` as (d, r_lora). BD-LoRA stores only the blocks on its diagonal."""
+    """LoRA's `B`, (d, r_lora). BD-LoRA stores only its diagonal blocks."""
     return lora_B.weight_as_blockdiagonal_matrix() if isinstance(lora_B, BlockDiagonalLinear) else lora_B.weight
 
 
 @torch.no_grad()
 def _gain_after(anatomy: BlockAnatomy, name: str, adapter_name: str) -> NormGain | None:
-    """The gain of the norm after a module, or `None` where there is no such norm."""
+    """The gain of the norm after a module, or `None` if there is no such norm."""
     norm_name = anatomy.norm_after(name)
     if norm_name is None:
         return None
@@ -180,6 +181,6 @@ def _check_rank(name: str, layer: SteeringLayer, adapter_name: str, lora_layers:
     width = layer.anatomy.hidden_size
     if rank + needed > width:
         raise ValueError(
-            f"In {name} LoRA's rank {rank} and steering's rank {needed} together exceed the hidden size {width}, so "
-            "no orthogonal complement is left to steer in. Lower one of the ranks."
+            f"In {name}, the sum of LoRA's rank {rank} and of steering's rank {needed} exceeds the hidden size "
+            f"{width}, so steering cannot be orthogonal to LoRA. Use smaller ranks."
         )

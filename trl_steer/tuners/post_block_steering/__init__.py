@@ -1,4 +1,4 @@
-"""Post-block steering: a small learned update to the residual stream after every block (arXiv 2603.00425)."""
+"""Post-block steering: a learned update to the output of every transformer block (arXiv 2603.00425)."""
 
 from trl_steer.registration import register_tuner
 

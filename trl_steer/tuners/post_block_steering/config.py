@@ -1,4 +1,4 @@
-"""Configuration of post-block steering, and the fields of its update, which sublayer steering shares."""
+"""Configuration of post-block steering, and the fields that it shares with sublayer steering."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from ..steering.config import SteeringConfig, check_number, is_integer
 
 STEERING_TYPES = ("low_rank", "vector")
-# Activations that bring trainable parameters of their own, for which an adapter has no place.
+# Activations with trainable parameters, which an adapter cannot store.
 _PARAMETRIC_ACTIVATIONS = ("prelu", "xielu")
 
 
@@ -25,31 +25,32 @@ class AdditiveSteeringConfig(SteeringConfig):
 
     Args:
         r (`int`, defaults to `8`):
-            Rank of the low-rank update. Not used by `steering_type="vector"`.
+            Rank of the low-rank update. Not used with `steering_type="vector"`.
         steering_type (`str`, defaults to `"low_rank"`):
             `"low_rank"` or `"vector"`.
         activation (`str`, *optional*):
-            Name of a transformers activation (`"silu"`, `"gelu"`, ...) applied to the r-dimensional bottleneck. `None`
-            means the identity. Only for `"low_rank"`.
+            Name of a transformers activation (`"silu"`, `"gelu"`, ...) on the r-dimensional bottleneck. `None` is the
+            identity. Only for `"low_rank"`.
         dropout (`float`, defaults to `0.0`):
             Dropout probability on the r-dimensional bottleneck, after the activation. Only for `"low_rank"`.
         init_scale (`float`, defaults to `1.0`):
-            Factor on the initial `W_down`, which is otherwise drawn like LoRA's `A`. The paper's recipes use 1e-3.
+            Factor on the initial `W_down`, which is otherwise initialized like LoRA's `A`. The paper's recipes use
+            1e-3. Only for `"low_rank"`.
         kwargs: The fields of [`SteeringConfig`]: `scaling`, `init_weights`, `target_modules`, ...
 
     Raises:
-        ValueError: A field has a value that it cannot have; the message says which are allowed.
+        ValueError: A field has an invalid value.
         TypeError: A field has a value of the wrong type.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the low-rank update; not used by steering_type='vector'."})
+    r: int = field(default=8, metadata={"help": "Rank of the low-rank update. Not used with steering_type='vector'."})
     steering_type: Literal["low_rank", "vector"] = field(
         default="low_rank",
         metadata={"help": "'low_rank': h + s * act(h @ W_down.T) @ W_up.T; 'vector': h + s * v."},
     )
     activation: str | None = field(
         default=None,
-        metadata={"help": "Name of a transformers activation on the bottleneck, None for the identity."},
+        metadata={"help": "Name of a transformers activation on the bottleneck. None is the identity."},
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the bottleneck."})
     init_scale: float = field(default=1.0, metadata={"help": "Factor on the initial W_down."})
@@ -57,7 +58,7 @@ class AdditiveSteeringConfig(SteeringConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.steering_type not in STEERING_TYPES:
-            raise ValueError(f"steering_type={self.steering_type!r} is unknown; use one of {STEERING_TYPES}.")
+            raise ValueError(f"steering_type must be one of {STEERING_TYPES}, got {self.steering_type!r}.")
         if not is_integer(self.r):
             raise TypeError(f"r must be an integer, got {self.r!r} of type {type(self.r).__name__}.")
         if self.r <= 0:
@@ -65,45 +66,45 @@ class AdditiveSteeringConfig(SteeringConfig):
         check_number("init_scale", self.init_scale)
         check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
         if self.init_scale <= 0:
-            raise ValueError(f"init_scale must be above 0 (with W_down = 0 nothing trains), got {self.init_scale}.")
+            raise ValueError(f"init_scale must be greater than 0, got {self.init_scale}.")
         self._check_activation()
         if self.steering_type == "vector":
             for name, default in (("activation", None), ("dropout", 0.0)):
                 if getattr(self, name) != default:
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no meaning for steering_type='vector', which has no "
-                        f"bottleneck. Leave {name} at {default!r} or use steering_type='low_rank'."
+                        f"{name}={getattr(self, name)!r} cannot be used with steering_type='vector', which has no "
+                        f"bottleneck. Use {name}={default!r} or steering_type='low_rank'."
                     )
 
-    def card_facts(self):
+    def card_fields(self):
         is_low_rank = self.steering_type == "low_rank"
         update = {"update": self.steering_type.replace("_", " "), "rank": self.r if is_low_rank else None}
-        return {**update, "activation": self.activation, **super().card_facts()}
+        return {**update, "activation": self.activation, **super().card_fields()}
 
     def _check_activation(self) -> None:
         known = isinstance(self.activation, str) and self.activation in ACT2FN
         if self.activation is not None and (not known or self.activation in _PARAMETRIC_ACTIVATIONS):
             allowed = sorted(set(ACT2FN) - set(_PARAMETRIC_ACTIVATIONS))
             raise ValueError(
-                f"activation={self.activation!r} cannot be used; use None for the identity, or one of {allowed}."
+                f"activation must be None for the identity, or one of {allowed}, got {self.activation!r}."
             )
 
 
 @dataclass
 class PostBlockSteeringConfig(AdditiveSteeringConfig):
     """
-    Configuration of a [`PostBlockSteeringModel`]: a small learned update to the output of every transformer block,
-    after its last residual addition. See [`AdditiveSteeringConfig`] for the update and [`SteeringConfig`] for the
-    choice of blocks.
+    Configuration of a [`PostBlockSteeringModel`]: a learned update to the output of every transformer block, after its
+    last residual addition. See [`AdditiveSteeringConfig`] for the update and [`SteeringConfig`] for the choice of
+    blocks.
 
-    Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.1; the vector form is "1-vec" of its
-    Table 2.
+    Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.1; `steering_type="vector"` is
+    "1-vec" in Table 2.
     """
 
     site: ClassVar[str] = "post_block"
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType["POST_BLOCK_STEERING"]  # ours, see trl_steer.registration
+        self.peft_type = PeftType["POST_BLOCK_STEERING"]  # added by trl_steer.registration

@@ -1,4 +1,4 @@
-"""The two adapters of post-block steering, which sublayer steering uses too, and the layer that holds them."""
+"""The two kinds of adapters of post-block and sublayer steering, and the layer of post-block steering."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LowRankAdapter(SteeringAdapter):
 
     Attributes:
         down (`nn.Parameter`): (r, d).
-        up (`nn.Parameter`): (d, r), zero at first.
+        up (`nn.Parameter`): (d, r), initialized to zero.
     """
 
     structural_fields = ("steering_type", "activation")
@@ -58,23 +58,23 @@ class LowRankAdapter(SteeringAdapter):
         self, h: torch.Tensor, residual: torch.Tensor | None = None, scaling: float | None = None
     ) -> torch.Tensor:
         down, up = self.down, self.up
-        if down.is_meta and not h.is_meta:  # PyTorch's CPU matrix product would return garbage
+        if down.is_meta and not h.is_meta:  # PyTorch's CPU matrix product would not raise an error
             raise RuntimeError(
-                "The weights of a steering adapter are empty (on the meta device). If they are offloaded, they were "
-                "not brought back before it ran: if the model was dispatched with `preload_module_classes`, leave the "
-                "class of the blocks out of it. If it was made with `low_cpu_mem_usage=True`, load its weights first."
+                "The weights of a steering adapter are on the meta device. If the adapter was created with "
+                "`low_cpu_mem_usage=True`, load its weights first. If the model is offloaded with "
+                "`preload_module_classes`, remove the class of the blocks from it."
             )
         scaling = self.scaling if scaling is None else scaling
         dropout = self.dropout if self.training else 0.0
         if residual is None and self.site in ("post_attn", "post_mlp"):
-            # What leaves attention and MLP is added to the residual stream, and nothing else keeps it. So keeping it
-            # for the backward pass saves no memory, and a block may write into it (Falcon's does).
+            # With `residual`, the plain implementation is used: no other layer saves the output of a sublayer for the
+            # backward pass, and a block may modify it in place (Falcon).
             residual = h
         return low_rank_update(h, down, up, scaling, self.activation, dropout, residual)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         if self.activation is not None:
-            raise ValueError("the activation on its bottleneck makes the update nonlinear.")
+            raise ValueError("its update is nonlinear, because of the activation.")
         return AffineUpdate(left=scaling * self.up.data.double(), right=self.down.data)
 
     @staticmethod
@@ -83,7 +83,7 @@ class LowRankAdapter(SteeringAdapter):
 
     @torch.no_grad()
     def write_sum(self, parts: Sequence[tuple[float, Any]]) -> None:
-        """Concatenates the factors. Where a block lacks some of the summands, rank is left over, and stays zero."""
+        """Concatenates the factors. In a block without some of the adapters, the remaining factors are zero."""
         self.down.zero_()
         self.up.zero_()
         first = 0
@@ -103,7 +103,7 @@ class VectorAdapter(SteeringAdapter):
         config ([`AdditiveSteeringConfig`]): Scaling.
 
     Attributes:
-        vector (`nn.Parameter`): (d,), zero at first.
+        vector (`nn.Parameter`): (d,), initialized to zero.
     """
 
     is_offset = True

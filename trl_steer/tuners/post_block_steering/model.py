@@ -6,7 +6,8 @@ from .layer import PostBlockSteeringLayer
 
 class PostBlockSteeringModel(SteeringModel):
     """
-    Adds a small learned update to the output of every transformer block of a frozen model.
+    Adds a learned update to the output of every transformer block of a frozen model: `h + scaling * update(h)`, with
+    the update of [`AdditiveSteeringConfig`].
 
     Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.1.
 
@@ -14,7 +15,7 @@ class PostBlockSteeringModel(SteeringModel):
         model ([`~transformers.PreTrainedModel`]): The model to steer.
         config ([`PostBlockSteeringConfig`]): The configuration.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
-        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty weights on the meta device, to be loaded into.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The core of every steering tuner: where adapters sit in a block, and all that PEFT asks of a tuner."""
+"""The core of all steering tuners: the sites of a block, the adapters there, and the methods PEFT calls on a tuner."""
 
 from .adapter import AffineUpdate, SteeringAdapter
 from .config import SteeringConfig

@@ -1,4 +1,4 @@
-"""What every steering adapter has to do, whatever its method: the contract between a tuner and the core."""
+"""The base class of steering adapters: the interface between a method and the core."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .contexts import ContextStack
 from .sites import Site
 
 
-class Strength(NamedTuple):
-    """A strength that an [`adapter_scaling`] context has set for some adapters."""
+class ScopedScaling(NamedTuple):
+    """The scaling that an [`adapter_scaling`] context sets for some adapters."""
 
     adapters: frozenset[SteeringAdapter]
     value: float
 
 
-STRENGTHS: ContextStack[Strength] = ContextStack("steering_strength")
+SCALING_STACK: ContextStack[ScopedScaling] = ContextStack("steering_scaling")
 
 
-@torch.compiler.disable  # which cannot trace context variables
-def strength_in_context(adapter: SteeringAdapter) -> float:
-    """The strength of an adapter here: of the innermost context that sets it, or its own."""
-    return next((value for adapters, value in STRENGTHS if adapter in adapters), adapter.scaling)
+@torch.compiler.disable  # torch.compile cannot trace context variables
+def current_scaling(adapter: SteeringAdapter) -> float:
+    """The scaling set by the innermost [`adapter_scaling`] context of this adapter, or else its own."""
+    return next((value for adapters, value in SCALING_STACK if adapter in adapters), adapter.scaling)
 
 
 class AffineUpdate(NamedTuple):
@@ -46,11 +46,14 @@ class AffineUpdate(NamedTuple):
 
 class SteeringAdapter(nn.Module):
     """
-    One adapter at one site of one block. It owns all of its weights, reads them as attributes and is always invoked
-    through `__call__`, so hooks that bring weights to where they are needed (accelerate's offloading, FSDP2, ZeRO-3)
-    see every use, and pruning or parametrizations may stand behind them.
+    Base class of adapters: one adapter at one site of one block.
 
-    A method implements [`shapes`], [`reset_parameters`] and [`forward`], and what else it can do.
+    An adapter owns all of its weights, reads them as attributes and is always invoked through `__call__`. So the hooks
+    that load or gather weights (accelerate's offloading, FSDP2, ZeRO-3) run at every use, and pruning and
+    parametrizations work.
+
+    A subclass implements [`shapes`], [`reset_parameters`] and [`forward`], and optionally [`merge`],
+    [`summed_fields`] and [`write_sum`].
 
     Args:
         width (`int`): Size `d` of the hidden state at the site.
@@ -58,14 +61,14 @@ class SteeringAdapter(nn.Module):
 
     Attributes:
         site (`str`): Name of the site.
-        scaling (`float`): Strength of the update, saved with the adapter.
-        contexts (`int`): How many [`adapter_scaling`] contexts this adapter is in, in whatever thread or task.
-        starts_at_identity (`bool`): Whether a fresh adapter is exactly the base model.
-        is_offset (`bool`): Whether the update is the same whatever the hidden state is.
+        scaling (`float`): Factor on the update, saved with the adapter.
+        contexts (`int`): Number of open [`adapter_scaling`] contexts of this adapter, over all threads and tasks.
+        starts_at_identity (`bool`): Whether a model with a new adapter computes exactly what the base model does.
+        is_offset (`bool`): Whether the update does not depend on the hidden state.
         structural_fields (`tuple[str, ...]`):
-            Fields of the configuration that must agree where adapters are summed or swapped for each other.
-        size_fields (`tuple[str, ...]`): Fields that decide shapes, which must agree where adapters are swapped.
-        setting_fields (`tuple[str, ...]`): Fields that are attributes of the same name, and may change at any time.
+            Fields of the configuration that must be equal for adapters to be summed or hot-swapped.
+        size_fields (`tuple[str, ...]`): Fields that determine shapes. They must be equal for a hot swap.
+        setting_fields (`tuple[str, ...]`): Fields that are attributes of the same name and may change at any time.
     """
 
     starts_at_identity: ClassVar[bool] = True
@@ -84,22 +87,22 @@ class SteeringAdapter(nn.Module):
 
     @staticmethod
     def shapes(config: Any, width: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors of an adapter with this configuration, at a site of this width."""
+        """Names and shapes of an adapter's tensors, given its configuration and the width of the site."""
         raise NotImplementedError
 
     def reset_parameters(self, identity: bool = True) -> None:
-        """Draws the weights anew. With `identity=False` the update must not vanish."""
+        """Initializes the weights. With `identity=False` the update must not be zero."""
         raise NotImplementedError
 
     def forward(
         self, h: torch.Tensor, residual: torch.Tensor | None = None, scaling: float | None = None
     ) -> torch.Tensor:
-        """Returns `residual + scaling * update(h)`, never one of its inputs.
+        """Returns `residual + scaling * update(h)` as a new tensor.
 
         Args:
             h (`torch.Tensor`): (..., d), the hidden state.
-            residual (`torch.Tensor`, *optional*): (..., d), what the update is added to, `h` unless given.
-            scaling (`float`, *optional*): Strength, `self.scaling` unless given.
+            residual (`torch.Tensor`, *optional*): (..., d), what the update is added to. Default: `h`.
+            scaling (`float`, *optional*): Factor on the update. Default: `self.scaling`.
 
         Returns:
             `torch.Tensor`: (..., d), dtype of `h`.
@@ -107,16 +110,16 @@ class SteeringAdapter(nn.Module):
         raise NotImplementedError
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
-        """The update in the form that can be merged into linear layers, at the strength `scaling`.
+        """The update, multiplied by `scaling`, in a form that can be merged into linear layers.
 
         Raises:
-            ValueError: The update has no such form, or none that can be merged at this site.
+            ValueError: The update is not affine, or cannot be merged at this site.
         """
-        raise ValueError(f"{type(self).__name__} is no affine function of the hidden state.")
+        raise ValueError(f"{type(self).__name__} is not an affine function of the hidden state.")
 
     @staticmethod
     def summed_fields(configs: Sequence[Any]) -> dict[str, Any]:
-        """Fields of the configuration of a sum that differ from those of its first summand.
+        """Configuration fields of the sum of adapters that differ from those of the first one.
 
         Raises:
             ValueError: Adapters of this method have no exact sum.
@@ -124,15 +127,15 @@ class SteeringAdapter(nn.Module):
         raise ValueError("Adapters of this method have no exact sum.")
 
     def write_sum(self, parts: Sequence[tuple[float, SteeringAdapter]]) -> None:
-        """Writes the exact sum of `(weight, adapter)` pairs into this adapter, whose own strength is 1."""
+        """Sets this adapter, whose scaling is 1, to the exact sum of `(weight, adapter)` pairs."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in none of the contexts that the original is in."""
+        """A copy is not in the contexts of the original."""
         return {**self.__dict__, "contexts": 0}
 
     def is_offloaded(self) -> bool:
-        """Whether some of the weights are on the meta device, to be brought by a hook when they are needed."""
+        """Whether some weights are on the meta device, where accelerate leaves offloaded weights."""
         return any(parameter.is_meta for parameter in self.parameters())
 
     def extra_repr(self) -> str:

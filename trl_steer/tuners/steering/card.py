@@ -1,4 +1,4 @@
-"""The model card of an adapter folder: what it is, and how to load it."""
+"""The model card of an adapter folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 _BEGIN, _END = "<!-- adapter: begin -->", "<!-- adapter: end -->"
-# What marks a card as a template that nobody has filled in.
-_EMPTY = "[More Information Needed]"
+# In a card, this means that it is a template that has not been filled in.
+_TEMPLATE_MARKER = "[More Information Needed]"
 _PAPER = "https://arxiv.org/abs/2603.00425"
 _CITATION = """```bibtex
 @article{adila2026weight,
@@ -26,26 +26,27 @@ _CITATION = """```bibtex
 ```"""
 
 
-class DescribesItself:
-    """Mixin for configurations. PEFT, TRL and transformers save the configuration of an adapter last, so saving it
-    also writes the folder's model card."""
+class ModelCardMixin:
+    """Mixin for configurations that also saves the folder's model card. PEFT, TRL and transformers save the
+    configuration of an adapter last."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in [`~peft.PeftConfig`]. A card that somebody has written is kept, with a section about the adapter."""
+        """As in [`~peft.PeftConfig`], and writes the model card. A card that has been edited is kept, and a section
+        about the adapter is added to it."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         write_card(self, Path(save_directory))
 
-    def card_facts(self) -> dict[str, Any]:
-        """What the card says of the adapter: a name and a value for each line; those that are `None` are left out."""
+    def card_fields(self) -> dict[str, Any]:
+        """The rows of the card's table: a name and a value each. Rows whose value is `None` are left out."""
         raise NotImplementedError
 
 
 def write_card(config: Any, folder: Path) -> None:
-    """Writes or completes the `README.md` of an adapter folder.
+    """Writes or updates the `README.md` of an adapter folder.
 
     Args:
-        config ([`~peft.PeftConfig`]): The adapter's configuration, with `card_facts`.
-        folder (`Path`): The folder, with the weights in it if they are to be counted.
+        config ([`~peft.PeftConfig`]): The adapter's configuration, a [`ModelCardMixin`].
+        folder (`Path`): The folder. If it holds the weights, the card gives the number of parameters.
     """
     path = folder / "README.md"
     card: Any = _read(path)
@@ -59,7 +60,7 @@ def write_card(config: Any, folder: Path) -> None:
     before, begin, rest = card.text.partition(_BEGIN)
     if begin:
         card.text = before + section + rest.partition(_END)[2]
-    elif _EMPTY in card.text or not card.text.strip():
+    elif _TEMPLATE_MARKER in card.text or not card.text.strip():
         card.text = section + "\n"
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
@@ -69,7 +70,7 @@ def write_card(config: Any, folder: Path) -> None:
 def _read(path: Path) -> ModelCard:
     try:
         return ModelCard.load(path)
-    except Exception:  # there is none, or it is none
+    except Exception:  # no card, or not a valid one
         return ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
 
 
@@ -77,7 +78,7 @@ def _section(config: Any, method: str, base: str | None, parameters: int | None)
     name = method.replace("_", " ")
     facts: Mapping[str, Any] = {
         "base model": f"[{base}](https://huggingface.co/{base})" if base else None,
-        **config.card_facts(),
+        **config.card_fields(),
         "parameters": None if parameters is None else f"{parameters:,}",
     }
     load = base or "BASE_MODEL"
@@ -112,7 +113,7 @@ def _section(config: Any, method: str, base: str | None, parameters: int | None)
 
 
 def public_id(base: Any) -> str | None:
-    """The base model's Hub id; `None` for a folder on the machine that trained, which means nothing elsewhere."""
+    """The base model's Hub id, or `None` for a local folder, whose path is of no use to others."""
     name = str(base or "")
     is_local = os.path.exists(name) or name.startswith((".", "/", "~", "\\")) or name.count("/") != 1
     return None if not name or is_local else name

@@ -1,4 +1,4 @@
-"""The part of a configuration that all steering tuners share."""
+"""The configuration fields that all steering tuners share."""
 
 from __future__ import annotations
 
@@ -8,71 +8,72 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from .card import DescribesItself
+from .card import ModelCardMixin
 
 
 @dataclass
-class SteeringConfig(DescribesItself, PeftConfig):
+class SteeringConfig(ModelCardMixin, PeftConfig):
     r"""
-    Base class of the configurations of steering tuners. A tuner adds `site`, as a field or as a class attribute, and
-    the fields of its own update.
+    Base class of the configurations of steering tuners. A subclass adds `site`, as a field or a class attribute, and
+    the fields of its update.
 
     Args:
         scaling (`float`, defaults to `1.0`):
-            Strength `s` of the update. Can be turned after loading, see [`set_scaling`].
+            Factor `s` on the update. Can be changed after loading, see [`set_scaling`].
         init_weights (`bool`, defaults to `True`):
-            Start as the base model, as nearly as the method allows. `False` draws all weights at random and is meant
-            for tests.
+            Initialize the adapter so that the update is zero, or close to zero where the method does not allow that.
+            `False` initializes all weights at random and is meant for tests.
         target_modules (`list[str]` or `str`, *optional*):
-            Blocks to steer. By default all blocks of the text decoder, found by structure. A list holds names of
-            blocks, or of lists of blocks, in full or by their ending (`"layers.3"`, `"model.layers"`); a string is a
-            regular expression that the full name of a block must match (`r"model\.layers\.\d+"`).
+            The blocks to steer. Default: all blocks of the text decoder, which are found by structure. A list holds
+            names of blocks or of lists of blocks, or the ends of such names (`"layers.3"`, `"model.layers"`). A string
+            is a regular expression that the full name of a block must match (`r"model\.layers\.\d+"`).
         exclude_modules (`list[str]` or `str`, *optional*):
-            Blocks to leave alone, written as in `target_modules`.
+            The blocks not to steer, in the same form as `target_modules`.
         layers_to_transform (`int` or `list[int]`, *optional*):
-            Indices, from 0, of the blocks to steer: the number that ends a block's name. Not together with a regular
-            expression in `target_modules`, which can say the same.
+            Indices of the blocks to steer, counted from 0. Cannot be combined with a regular expression in
+            `target_modules`.
         modules_to_save (`list[str]`, *optional*):
-            Other modules to train in full and to save with the adapter, a classification head for example.
+            Other modules to train and to save with the adapter, such as a classification head.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Rows of the embedding matrix to train. A dictionary names the embedding.
+            Token ids whose embeddings are trained. The keys of a dictionary are names of embeddings.
         base_model_type (`str`, *optional*):
-            `model_type` of the base model's text decoder, written down when an adapter is made. An adapter that is
-            loaded from a folder is refused by a model of another type, whose blocks may well have the same names and
-            width. `None` in a folder fits every model.
+            `model_type` of the base model's text decoder, set when the adapter is created. Loading the adapter into
+            a model of another type raises an error, even if the names and shapes match. With `None`, this is not
+            checked.
 
     Raises:
-        ValueError: A field has a value that it cannot have; the message says which are allowed.
+        ValueError: A field has an invalid value.
         TypeError: A field has a value of the wrong type.
     """
 
-    scaling: float = field(default=1.0, metadata={"help": "Strength s of the update."})
+    scaling: float = field(default=1.0, metadata={"help": "Factor s on the update."})
     init_weights: bool = field(
-        default=True, metadata={"help": "Start as the base model. False draws all weights at random."}
+        default=True,
+        metadata={"help": "Initialize the adapter so that the update is zero. False initializes it at random."},
     )
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Blocks to steer: names, endings of names, or one regular expression. Default: all blocks."},
+        metadata={"help": "Blocks to steer: names, ends of names, or one regular expression. Default: all blocks."},
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Blocks to leave alone, written as in target_modules."}
+        default=None, metadata={"help": "Blocks not to steer, in the same form as target_modules."}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices, from 0, of the blocks to steer. Default: all."}
+        default=None, metadata={"help": "Indices of the blocks to steer, counted from 0. Default: all blocks."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train in full and to save with the adapter."}
+        default=None, metadata={"help": "Other modules to train and to save with the adapter."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of the embedding matrix to train."}
+        default=None, metadata={"help": "Token ids whose embeddings are trained."}
     )
     base_model_type: str | None = field(
-        default=None, metadata={"help": "model_type of the base model's text decoder. Written down by the tuner."}
+        default=None, metadata={"help": "model_type of the base model's text decoder, set by the tuner."}
     )
 
     @property
     def site(self) -> str:
-        """Name of the site, see `sites.py`. Tuners replace this by a field or a class attribute."""
+        """Name of the site, one of [`SITES`]. Subclasses replace this by a field or a class attribute."""
         raise NotImplementedError
 
     def __post_init__(self):
@@ -87,10 +88,9 @@ class SteeringConfig(DescribesItself, PeftConfig):
         self._check_tokens()
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
-        self._check_layers()
+        self._check_block_indices()
 
-    def card_facts(self) -> dict[str, Any]:
-        """See [`DescribesItself`]."""
+    def card_fields(self) -> dict[str, Any]:
         layers = self.layers_to_transform
         return {
             "site": self.site,
@@ -107,8 +107,8 @@ class SteeringConfig(DescribesItself, PeftConfig):
             if value is None or (isinstance(value, str) and name != "modules_to_save"):
                 continue
             if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-                or_expression = "" if name == "modules_to_save" else ", or one regular expression"
-                raise TypeError(f"{name} must be a list of names{or_expression}; got {value!r}.")
+                or_expression = "" if name == "modules_to_save" else " or a regular expression"
+                raise TypeError(f"{name} must be a list of names{or_expression}, got {value!r}.")
 
     def _check_tokens(self) -> None:
         tokens = self.trainable_token_indices
@@ -118,43 +118,43 @@ class SteeringConfig(DescribesItself, PeftConfig):
                 is_integer(index) and index >= 0 for index in indices
             ):
                 raise TypeError(
-                    "trainable_token_indices must be a list of token ids, or a dictionary of such lists by the name "
-                    f"of the embedding; got {tokens!r}."
+                    "trainable_token_indices must be a list of token ids, or a dictionary from names of embeddings to "
+                    f"such lists, got {tokens!r}."
                 )
 
-    def _check_layers(self) -> None:
+    def _check_block_indices(self) -> None:
         layers = self.layers_to_transform
         if layers is None:
             return
         if isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform={layers} cannot be used with the regular expression "
-                f"target_modules={self.target_modules!r}. Say the layers in the expression, or leave it out."
+                f"target_modules={self.target_modules!r}. Select the blocks with one of them."
             )
         indices = list(layers) if isinstance(layers, (list, tuple, set, range)) else [layers]
         for index in indices:
             if not is_integer(index):
-                raise TypeError(f"layers_to_transform must hold integers, got {index!r} in {layers!r}.")
+                raise TypeError(f"layers_to_transform must contain integers only, got {index!r} in {layers!r}.")
             if index < 0:
                 raise ValueError(f"layers_to_transform counts blocks from 0, got {index} in {layers!r}.")
         if not indices:
-            raise ValueError("layers_to_transform is empty, so nothing would be steered. Use None for all blocks.")
+            raise ValueError("layers_to_transform is empty, so no block would be steered. Use None for all blocks.")
         if len(set(indices)) != len(indices):
-            raise ValueError(f"layers_to_transform names a block twice: {indices}.")
+            raise ValueError(f"layers_to_transform contains the same block twice: {indices}.")
         if not isinstance(layers, int):
             self.layers_to_transform = indices
 
 
 def is_integer(value: Any) -> bool:
-    """Whether `value` is an integer and not a truth value, which Python counts among them."""
+    """Whether `value` is an `int` but not a `bool`."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: Any) -> None:
-    """Makes sure that the field `name` holds a finite number.
+    """Checks that the value of the field `name` is a finite number.
 
     Raises:
-        TypeError: `value` is no number.
+        TypeError: `value` is not a number.
         ValueError: `value` is not finite.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -164,5 +164,5 @@ def check_number(name: str, value: Any) -> None:
 
 
 def _as_set(names):
-    """Lists become sets, as in PEFT's own configurations, which its saving and matching expect."""
+    """Converts lists to sets, as PEFT's configurations do. PEFT expects sets when it saves and matches."""
     return set(names) if isinstance(names, (list, tuple)) else names

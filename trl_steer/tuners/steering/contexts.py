@@ -1,4 +1,4 @@
-"""Values that a `with` block sets for the thread or task that runs it."""
+"""Values that a `with` block sets for the current thread or asyncio task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Entry(Generic[T]):
-    """A value in force until it is removed, and `None` from then on, since other contexts may still hold this."""
+    """A value in a [`ContextStack`]. Closed when it is removed, since copies of the context may still refer to it."""
 
     def __init__(self, value: T):
         self.value: T | None = value
@@ -19,10 +19,10 @@ class Entry(Generic[T]):
 
 class ContextStack(Generic[T]):
     """
-    The values that the `with` blocks around a piece of code have set, innermost first.
+    The values set by the enclosing `with` blocks, innermost first.
 
-    Other threads and tasks do not see them, and blocks may end in any order, as those of generators and tasks do: each
-    takes out its own value and no other. A task inherits what was in force when it was made, for as long as it is.
+    Other threads and tasks do not see them. Blocks may end in any order, as those of generators and tasks do: each
+    removes its own value only. A new task inherits the values of its parent until the parent removes them.
 
     Args:
         name (`str`): Name of the context variable.
@@ -33,16 +33,16 @@ class ContextStack(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         for entry in reversed(self._entries.get()):
-            value = entry.value  # before the look, because another thread may remove it in between
+            value = entry.value  # read first, because another thread may remove the entry before the check
             if entry.is_open and value is not None:
                 yield value
 
     def has(self, entry: Entry[T]) -> bool:
-        """Whether a value has been added here and is still in force."""
+        """Whether this entry was added in this context and is still open."""
         return entry.is_open and any(entry is other for other in self._entries.get())
 
     def innermost(self) -> Entry[T] | None:
-        """The value in force, if there is one."""
+        """The innermost open entry, if there is one."""
         return next((entry for entry in reversed(self._entries.get()) if entry.is_open), None)
 
     def push(self, value: T) -> Entry[T]:
@@ -52,8 +52,8 @@ class ContextStack(Generic[T]):
         return entry
 
     def remove(self, entry: Entry[T]) -> None:
-        """Takes a value out again, also from other contexts, for example where a generator is closed by another task
-        than the one that ran it."""
+        """Removes an entry, also if it was added in another context: a generator may be closed by another task than
+        the one that started it."""
         entry.is_open = False
         entry.value = None
         self._entries.set(self._open())

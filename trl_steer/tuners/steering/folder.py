@@ -1,4 +1,4 @@
-"""An adapter folder, read without a model: its configuration, and its tensors by name."""
+"""Reading the configuration and the tensors of an adapter folder without a model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 PREFIX = "base_model.model."
-# Stands for the hidden size where it is not known.
-_ANY = -1
+# In a shape, the hidden size where it is not known.
+_UNKNOWN_SIZE = -1
 
-# Names of dtypes in a safetensors header. Others are no floating point formats that an adapter can have.
+# Names of dtypes in a safetensors header. An adapter cannot have any other floating point dtype.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,12 +40,12 @@ _DTYPES = {
 @dataclass(frozen=True)
 class AdapterFolder:
     """
-    A folder with an adapter, on disk or on the Hub. Weights are read as safetensors only, never as a pickle.
+    A folder with an adapter, local or on the Hub. Weights are read from safetensors files only, never from a pickle.
 
     Attributes:
-        path (`str`): What the user called it.
-        weights (`Path`): The file with the tensors.
-        download_kwargs (`dict`): What it was found with (`subfolder`, `revision`, `token`, ...).
+        path (`str`): The path or Hub id given by the user.
+        weights (`Path`): The safetensors file.
+        download_kwargs (`dict`): The download options given by the user (`subfolder`, `revision`, `token`, ...).
     """
 
     path: str
@@ -55,14 +55,14 @@ class AdapterFolder:
     @classmethod
     def open(cls, path: str | os.PathLike, **download_kwargs: Any) -> AdapterFolder:
         """
-        Finds the weights of an adapter, and downloads them where they are on the Hub. Nothing is read yet.
+        Finds the weights of an adapter, and downloads them if they are on the Hub. Does not read them.
 
         Args:
             path (`str` or `Path`): Folder or Hub id.
-            download_kwargs: `subfolder`, and what `huggingface_hub.hf_hub_download` takes.
+            download_kwargs: `subfolder` and the arguments of `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: There are no weights, only a pickle, or what has their name is not a file.
+            ValueError: There are no weights, or only a pickle, or the path of the weights is not a regular file.
         """
         kwargs = {name: value for name, value in download_kwargs.items() if value is not None}
         subfolder = kwargs.pop("subfolder", None)
@@ -71,29 +71,30 @@ class AdapterFolder:
             if Path(path, subfolder or "", WEIGHTS_NAME).exists():
                 raise ValueError(_pickle_only(str(path)))
             if Path(path).exists():
-                raise ValueError(f"Can't find weights in {found.parent}: there is no {SAFETENSORS_WEIGHTS_NAME}.")
+                raise ValueError(
+                    f"Can't find weights in {found.parent}: there is no {SAFETENSORS_WEIGHTS_NAME}. Pass the folder "
+                    "that `save_pretrained` wrote."
+                )
             found = _download(str(path), subfolder, kwargs)
         if not found.exists() or not stat.S_ISREG(found.stat().st_mode):
-            raise ValueError(f"{found} is not a regular file, so no weights can be read from it.")
+            raise ValueError(f"Can't read weights from {found}: it is not a regular file.")
         return cls(str(path), found, {"subfolder": subfolder, **kwargs})
 
     @property
     def config(self) -> Any:
-        """The adapter's configuration, of the class that its type is registered with.
+        """The adapter's configuration, an instance of the class registered for its `peft_type`.
 
         Raises:
-            ValueError: There is none, or it cannot be read.
+            ValueError: There is no configuration, or it cannot be read.
         """
         kwargs = dict(self.download_kwargs)
         try:
             return PeftConfig.from_pretrained(self.path, **kwargs)
-        except Exception as error:  # the file may hold anything, and PEFT trusts it
-            raise ValueError(
-                f"{CONFIG_NAME} in {self.path} cannot be read: {type(error).__name__}: {error}"
-            ) from error
+        except Exception as error:  # PEFT does not validate the file, so this can be any exception
+            raise ValueError(f"Can't read {CONFIG_NAME} in {self.path}: {type(error).__name__}: {error}") from error
 
     def header(self) -> dict[str, torch.Tensor]:
-        """All tensors by name as empty ones on the meta device, of the shape and dtype that the file's header says.
+        """All tensors by name on the meta device, with the shapes and dtypes in the file's header.
 
         Raises:
             ValueError: The file cannot be read.
@@ -120,55 +121,55 @@ class AdapterFolder:
             with safe_open(self.weights, framework="pt") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.weights} cannot be read, it may have been cut off: {error}") from error
+            raise ValueError(f"Can't read {self.weights}, which may be truncated: {error}") from error
 
 
-def check_without_model(layer_cls: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Makes sure that tensors are whole adapters for a configuration, as far as that can be told without a model.
+def check_steering_tensors(layer_cls: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Checks steering tensors against their configuration, as far as possible without a model.
 
     Args:
-        layer_cls (`type[SteeringLayer]`): The layer of the tuner.
+        layer_cls (`type[SteeringLayer]`): The layer class of the tuner.
         config ([`SteeringConfig`]): The steering part of the adapter's configuration.
-        tensors (`Mapping[str, torch.Tensor]`): The steering tensors under the keys of a file.
+        tensors (`Mapping[str, torch.Tensor]`): The steering tensors by their keys in the file.
 
     Raises:
-        ValueError: There are none, some are missing, unknown, of a shape that does not fit, not floating point or not
-            finite. Each is named.
+        ValueError: There are no tensors, or tensors are missing, unexpected, of the wrong shape, not floating point or
+            not finite. The message lists them.
     """
     container = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}."
-    expected = layer_cls.adapter_class(config).shapes(config, _ANY)
+    expected = layer_cls.adapter_class(config).shapes(config, _UNKNOWN_SIZE)
     blocks: dict[str, dict[str, torch.Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
         block, found, leaf = key.partition(container)
         if not found or not block.startswith(PREFIX) or leaf not in expected:
-            problems.append(f"{key} has no place in this adapter")
+            problems.append(f"{key} is unexpected")
         else:
             blocks.setdefault(block, {})[leaf] = tensor
     if not blocks:
-        problems.append(f"there is no tensor whose name holds {container!r}")
+        problems.append(f"no tensor has {container!r} in its name")
     sizes: set[int] = set()
     for block, leaves in blocks.items():
         problems += [f"{block}{container}{leaf} is missing" for leaf in expected if leaf not in leaves]
         for leaf, tensor in leaves.items():
             shape = tuple(tensor.shape)
             fits = len(shape) == len(expected[leaf]) and all(
-                wanted in (_ANY, size) for wanted, size in zip(expected[leaf], shape, strict=True)
+                wanted in (_UNKNOWN_SIZE, size) for wanted, size in zip(expected[leaf], shape, strict=True)
             )
-            sizes |= {size for wanted, size in zip(expected[leaf], shape, strict=False) if wanted == _ANY}
+            sizes |= {size for wanted, size in zip(expected[leaf], shape, strict=False) if wanted == _UNKNOWN_SIZE}
             if not fits:
-                problems.append(f"{block}{container}{leaf} has shape {shape}, {_readable(expected[leaf])} is expected")
+                problems.append(f"{block}{container}{leaf} has shape {shape}, expected {_shape_text(expected[leaf])}")
             elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                problems.append(f"{block}{container}{leaf} holds values that are not finite numbers")
+                problems.append(f"{block}{container}{leaf} contains values that are not finite numbers")
     if len(sizes) > 1:
-        problems.append(f"hidden sizes differ: {sorted(sizes)}")
+        problems.append(f"the tensors have different hidden sizes: {sorted(sizes)}")
     if problems:
-        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"The steering tensors do not fit their configuration: {'; '.join(problems[:8])}{more}.")
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"The steering tensors do not match the configuration: {'; '.join(problems[:8])}{more}.")
 
 
-def _readable(shape: tuple[int, ...]) -> str:
-    return f"({', '.join('d' if size == _ANY else str(size) for size in shape)})"
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return f"({', '.join('d' if size == _UNKNOWN_SIZE else str(size) for size in shape)})"
 
 
 def _download(path: str, subfolder: str | None, kwargs: dict) -> Path:
@@ -179,16 +180,16 @@ def _download(path: str, subfolder: str | None, kwargs: dict) -> Path:
         try:
             repository = {key: kwargs[key] for key in ("revision", "repo_type", "token") if key in kwargs}
             pickled = file_exists(path, name.replace(SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **repository)
-        except Exception:  # offline, for example; the first error says more
+        except Exception:  # for example offline, where the first error is the useful one
             pickled = False
         if pickled:
             raise ValueError(_pickle_only(path)) from error
-        raise ValueError(f"Can't find weights for {path}, neither as a folder nor on the Hub: {error}") from error
+        raise ValueError(f"Can't find weights for {path}, neither in a folder nor on the Hub: {error}") from error
 
 
 def _pickle_only(path: str) -> str:
     return (
-        f"{path} holds its weights as {WEIGHTS_NAME} only, a pickle, which can run any code when it is loaded. If you "
-        f"trust it, convert it once: safetensors.torch.save_file(torch.load('{WEIGHTS_NAME}', weights_only=True), "
-        f"'{SAFETENSORS_WEIGHTS_NAME}')."
+        f"{path} has its weights in {WEIGHTS_NAME} only, a pickle file, which can run arbitrary code when it is "
+        f"loaded. If you trust it, convert it: safetensors.torch.save_file(torch.load('{WEIGHTS_NAME}', "
+        f"weights_only=True), '{SAFETENSORS_WEIGHTS_NAME}')."
     )

@@ -1,4 +1,4 @@
-"""What can be done to the steering adapters of any model, whether a `PeftModel` or one with injected adapters."""
+"""Functions on the steering adapters of a model, either a `PeftModel` or a model with injected adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from .adapter import STRENGTHS, SteeringAdapter, Strength
+from .adapter import SCALING_STACK, ScopedScaling, SteeringAdapter
 from .config import check_number
 from .folder import AdapterFolder
 from .layer import SteeringLayer
@@ -23,18 +23,20 @@ _LOCK = threading.Lock()
 
 def set_scaling(model: nn.Module, adapter_name: str, value: float) -> None:
     """
-    Sets the strength of an adapter. Saved with the adapter from then on.
+    Sets the scaling of an adapter: `h + scaling * update(h)`. The new value is saved with the adapter.
 
     Args:
         model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
-        adapter_name (`str`): The adapter.
-        value (`float`): The new `scaling`. 0 is the base model, 1 what was trained, negative steers away.
+        adapter_name (`str`): The name of the adapter.
+        value (`float`):
+            The new scaling, any finite number. 0 gives the base model, 1 the update as trained, a negative number
+            steers in the opposite direction.
 
     Raises:
         ValueError: There is no such adapter, it is merged, or `value` is not finite.
         TypeError: `value` is not a number.
     """
-    adapters = _adapters_to_turn(model, adapter_name, value)
+    adapters = _adapters_to_scale(model, adapter_name, value)
     for adapter in adapters:
         adapter.scaling = float(value)
     config = getattr(model, "peft_config", {}).get(adapter_name)
@@ -45,16 +47,16 @@ def set_scaling(model: nn.Module, adapter_name: str, value: float) -> None:
 @contextmanager
 def adapter_scaling(model: nn.Module, adapter_name: str, value: float) -> Iterator[None]:
     """
-    Sets the strength of an adapter for what a `with` block runs, see [`set_scaling`].
+    Context manager that sets the scaling of an adapter for the current thread or asyncio task, see [`set_scaling`].
 
-    Other threads and tasks are not affected, blocks may end in any order, and the adapter's own strength, which is
-    what is saved, stays as it is. Made for inference: with gradient checkpointing on a GPU, a block that is computed
-    again in the backward pass runs in another thread, with the adapter's own strength.
+    Contexts may overlap and end in any order. The adapter's own scaling, which is what is saved, does not change.
+    Meant for inference: with gradient checkpointing on a GPU, the backward pass recomputes blocks in another thread,
+    which uses the adapter's own scaling.
 
     Args:
         model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
-        adapter_name (`str`): The adapter.
-        value (`float`): Its strength inside the block.
+        adapter_name (`str`): The name of the adapter.
+        value (`float`): The scaling inside the context, any finite number.
 
     Raises:
         ValueError: There is no such adapter, it is merged, or `value` is not finite.
@@ -67,39 +69,43 @@ def adapter_scaling(model: nn.Module, adapter_name: str, value: float) -> Iterat
         ...     model.generate(**inputs)
         ```
     """
-    adapters = _adapters_to_turn(model, adapter_name, value)
-    entry = STRENGTHS.push(Strength(frozenset(adapters), float(value)))
+    adapters = _adapters_to_scale(model, adapter_name, value)
+    entry = SCALING_STACK.push(ScopedScaling(frozenset(adapters), float(value)))
     _count_contexts(adapters, 1)
     try:
         yield
     finally:
         _count_contexts(adapters, -1)
-        STRENGTHS.remove(entry)
+        SCALING_STACK.remove(entry)
 
 
 def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default", **kwargs) -> None:
     """
-    Replaces the weights of a loaded adapter by those of another folder, in place, so compiled code stays valid. The
-    strength becomes that of the folder; an [`adapter_scaling`] block around this goes on until it ends.
+    Replaces the weights of a loaded adapter with those of another folder, in place, so that compiled code stays valid.
+    Also resets the adapter's scaling and dropout to those of the folder. An enclosing [`adapter_scaling`] context
+    keeps its scaling until it ends.
 
     Args:
         model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
         path (`str` or `Path`): Adapter folder or Hub id.
-        adapter_name (`str`, defaults to `"default"`): The adapter to replace.
-        kwargs: Passed on to the download of the folder (`subfolder`, `revision`, `token`, ...).
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter to replace.
+        kwargs: Options for the download of the folder (`subfolder`, `revision`, `token`, ...).
 
     Raises:
         ValueError:
-            There is no such adapter, it is merged or offloaded, or the folder holds no adapter, one of another form,
-            rank, activation, site or set of blocks, one for another type of model, or broken weights. The message
-            names the folder, and nothing has changed then.
+            There is no such adapter; it is merged or offloaded; or the folder has no adapter that can replace it: of
+            the same type, rank, activation, site and blocks, for the same type of model, with valid weights. The
+            adapter is left unchanged.
     """
     adapters = _adapters(model, adapter_name)
     current = model.peft_config[adapter_name]
     if _is_merged(model, adapter_name):
         raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before replacing it.")
     if any(adapter.is_offloaded() for adapter in adapters):
-        raise ValueError(f"Adapter {adapter_name!r} is offloaded, where its weights cannot be replaced.")
+        raise ValueError(
+            f"Adapter {adapter_name!r} cannot be replaced, because its weights are offloaded. Load the model without "
+            "offloading."
+        )
     tuner_class = _tuner_class(current)
     try:
         folder = AdapterFolder.open(path, **kwargs)
@@ -108,7 +114,7 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
         check_base_model_type(new, model, tuner_class.steering_config(new).base_model_type)
         tuner_class.check_tensors(model, current, adapter_name, tensors)
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{path} cannot replace adapter {adapter_name!r}: {error}") from error
+        raise ValueError(f"Adapter {adapter_name!r} cannot be replaced by {path}: {error}") from error
     device = next(adapters[0].parameters()).device
     set_peft_model_state_dict(model, {key: tensor.to(device) for key, tensor in tensors.items()}, adapter_name)
     steering = tuner_class.steering_config(new)
@@ -121,17 +127,17 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
 
 def _check_same_structure(tuner_class: Any, current: Any, new: Any) -> None:
     if current.peft_type != new.peft_type:
-        raise ValueError(f"Its peft_type is {new.peft_type} and {current.peft_type} is loaded.")
+        raise ValueError(f"its peft_type is {new.peft_type}, but the loaded adapter has {current.peft_type}.")
     theirs = tuner_class.structure(new)
     for field, ours in tuner_class.structure(current).items():
         if ours != theirs.get(field):
             raise ValueError(
-                f"its {field} is {theirs.get(field)!r} and {ours!r} is loaded. Load it as a further adapter with "
-                "`load_adapter` instead."
+                f"its {field} is {theirs.get(field)!r}, but the loaded adapter has {ours!r}. Load it as another "
+                "adapter with `load_adapter` instead."
             )
 
 
-def _adapters_to_turn(model: nn.Module, adapter_name: str, value: float) -> list[SteeringAdapter]:
+def _adapters_to_scale(model: nn.Module, adapter_name: str, value: float) -> list[SteeringAdapter]:
     adapters = _adapters(model, adapter_name)
     check_number("scaling", value)
     if _is_merged(model, adapter_name):
@@ -162,5 +168,5 @@ def _adapters(model: nn.Module, adapter_name: str) -> list[SteeringAdapter]:
     adapters = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
     if not adapters:
         known = sorted({name for layer in layers for name in layer.adapters})
-        raise ValueError(f"There is no steering adapter {adapter_name!r} in this model; it has {known}.")
+        raise ValueError(f"There is no steering adapter {adapter_name!r} in this model, which has {known}.")
     return adapters

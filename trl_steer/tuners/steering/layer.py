@@ -1,4 +1,4 @@
-"""The module that sits in a block, and hands the hidden state of a site to the adapters there."""
+"""The module in a block that holds its adapters and applies them through forward hooks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .adapter import SteeringAdapter, strength_in_context
+from .adapter import SteeringAdapter, current_scaling
 from .config import SteeringConfig
 from .merging import MergedTensor, unmerge
 from .sites import BlockAnatomy, Site, get_hidden, replace_hidden
@@ -19,13 +19,13 @@ from .sites import BlockAnatomy, Site, get_hidden, replace_hidden
 
 class SiteHook:
     """
-    Hands the hidden state of one site to the steering layer of its block, and puts what comes back in its place.
+    The forward hook of one site of one block: replaces the hidden state by the output of the steering layer.
 
-    Not a module, because hooks are shared by what copies modules around `__deepcopy__` (`nn.DataParallel`), and must
-    not tie a copy to the modules of the original. The layer is looked up at each call.
+    `nn.DataParallel` copies modules without `__deepcopy__`, so that a copy shares the hooks of the original. Therefore
+    the layer is looked up by name at each call.
 
     Args:
-        layer ([`SteeringLayer`]): The layer.
+        layer ([`SteeringLayer`]): The steering layer.
         site ([`Site`]): The site.
     """
 
@@ -33,16 +33,16 @@ class SiteHook:
         self.block, self.layer_name, self.site = layer.get_base_layer(), layer.layer_name, site
 
     def __deepcopy__(self, memo: dict) -> SiteHook:
-        """A copy of the block brings a copy of the layer. Where only a module inside the block is copied, as PEFT does
-        with one that is trained in full, the copy belongs to the same block."""
+        """Refers to the copy of the block if the block is copied too. If only a module inside the block is copied, as
+        PEFT does for `modules_to_save`, the hook still refers to the original block."""
         clone = object.__new__(type(self))
         clone.block = memo.get(id(self.block), self.block)
         clone.layer_name, clone.site = self.layer_name, self.site
         return clone
 
     def register(self) -> None:
-        """Registers this with its module, in front of all other hooks: whatever else listens there, transformers'
-        capture of hidden states for one, gets the steered state."""
+        """Registers this before all other hooks of the module, so that they get the steered hidden state (for example
+        those with which transformers records hidden states)."""
         module = self.block.get_submodule(self.site.module)
         if self.site.is_input:
             module.register_forward_pre_hook(self.on_input, prepend=True, with_kwargs=True)
@@ -73,30 +73,30 @@ class SiteHook:
 
 class SteeringLayer(nn.Module, BaseTunerLayer):
     """
-    All adapters of one tuner in one block. It is a child of the block and acts through forward hooks on the block and
-    the modules inside it, so no path of the base model changes.
+    All adapters of one tuner in one block. It is a child of the block and acts through forward hooks, so that the
+    names of the base model's modules do not change.
 
-    Several active adapters at a site all read the same hidden state, and their updates add.
+    If several adapters are active at a site, all of them get the same hidden state, and their updates are added.
 
     Args:
-        block (`nn.Module`): The block. Kept as the "base layer", outside of the module tree.
-        config: Configuration of the text decoder.
+        block (`nn.Module`): The block, which is the "base layer". It is not registered as a child of this layer.
+        config: The configuration of the text decoder.
 
     Attributes:
-        layer_name (`str`): Name of the layer as a child of the block: part of every key in an adapter file.
-        adapter_layer_names (`tuple[str]`): Name of the dictionary of adapters, part of every key too.
+        layer_name (`str`): Name of this layer in the block. Part of the keys in an adapter file.
+        adapter_layer_names (`tuple[str]`): Name of the `nn.ModuleDict` of adapters. Also part of the keys.
     """
 
     layer_name: ClassVar[str]
     adapter_layer_names: tuple[str, ...] = ("steering_adapter",)
     other_param_names: tuple[str, ...] = ()
-    # PEFT's `disable_input_dtype_casting` turns this off for all tuners. Here the hidden state keeps its dtype anyway.
+    # Read by PEFT's `disable_input_dtype_casting`. Steering layers never cast the hidden state.
     cast_input_dtype_enabled: bool = True
 
     def __init__(self, block: nn.Module, config: Any):
         super().__init__()
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
-        # An object that is no module, or else the block would become a child of its own child.
+        # Not a module, since the block would otherwise become a child of its own child.
         self.anatomy = BlockAnatomy(block, config)
         self.merged_adapters: list[str] = []
         self.merged_tensors: list[MergedTensor] = []
@@ -107,7 +107,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def adapter_class(config: Any) -> type[SteeringAdapter]:
-        """The class of the adapter that a configuration asks for."""
+        """The class of the adapter for a configuration."""
         raise NotImplementedError
 
     @property
@@ -119,10 +119,10 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         return self.anatomy.block
 
     def update_layer(self, adapter_name: str, config: SteeringConfig) -> None:
-        """Adds an adapter, and hooks its site.
+        """Adds an adapter and registers the hook of its site.
 
         Raises:
-            ValueError: The block has no such site.
+            ValueError: The block does not have the site.
         """
         site = self.anatomy.site(config.site)
         adapter = self.adapter_class(config)(site.width, config)
@@ -140,20 +140,20 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         self._remove_hooks(self._hooked - {adapter.site for adapter in self.adapters.values()})
 
     def remove(self) -> None:
-        """Takes the hooks and the layer itself out of the block."""
+        """Removes this layer and its hooks from the block."""
         self._remove_hooks(self._hooked)
         delattr(self.get_base_layer(), self.layer_name)
 
     def _remove_hooks(self, sites: set[str]) -> None:
-        """Also those of copies that PEFT trains in full."""
+        """Removes the hooks of sites, also from the copies that PEFT makes for `modules_to_save`."""
         for module in self.get_base_layer().modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if self._is_ours(hook, sites)]:
+                for key in [key for key, hook in hooks.items() if self._is_own_hook(hook, sites)]:
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
         self._hooked = self._hooked - sites
 
-    def _is_ours(self, hook: Any, sites: set[str]) -> bool:
+    def _is_own_hook(self, hook: Any, sites: set[str]) -> bool:
         owner = getattr(hook, "__self__", None)
         return isinstance(owner, SiteHook) and owner.layer_name == self.layer_name and owner.site.name in sites
 
@@ -164,8 +164,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         Args:
             hidden (`torch.Tensor`): (batch, sequence, d) or (batch * sequence, d), the hidden state at the site.
             adapter_names (`Sequence[str]`, *optional*):
-                The adapter for each row of `hidden`, `"__base__"` for none. By default the active adapters, for all.
-            site (`str`, *optional*): Only the adapters at this site.
+                The adapter for each row of `hidden`, `"__base__"` for none. Default: the active adapters for all rows.
+            site (`str`, *optional*): Apply only the adapters at this site. Default: all adapters.
 
         Returns:
             `torch.Tensor`: Shape and dtype of `hidden`.
@@ -174,31 +174,33 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             return hidden
         if adapter_names is not None:
             return self._forward_per_row(hidden, adapter_names, site)
-        # Plain dictionaries and few calls: this runs for every block of every token, with caches full of weights.
+        # Plain dictionaries and few calls, because this runs in every block for every decoded token.
         adapters = self.adapters._modules
         active, merged, steered = self._active_adapter, self.merged_adapters, None
         for name in (active,) if isinstance(active, str) else active:
             adapter = adapters.get(name)
             if adapter is not None and name not in merged and (site is None or adapter.site == site):
                 if merged:
-                    self._check_beside_merged(name, adapter)
-                steered = adapter(hidden, steered, scaling=self.strength(name, adapter))
+                    self._check_merged_beside(name, adapter)
+                steered = adapter(hidden, steered, scaling=self.effective_scaling(name, adapter))
         return hidden if steered is None else steered
 
-    def _check_beside_merged(self, name: str, adapter: Any) -> None:
-        """Adapters that are active together read the same hidden state. Beside a merged one, only offsets still do."""
+    def _check_merged_beside(self, name: str, adapter: Any) -> None:
+        """Active adapters must get the same hidden state. Next to a merged one, this only works for offsets."""
         others = [self.adapters[other] for other in self.merged_adapters if other in self.adapters]
         others = [other for other in others if other.site == adapter.site]
         if others and not all(each.is_offset for each in (adapter, *others)):
             raise ValueError(
-                f"Adapter {name!r} is active where {', '.join(self.merged_adapters)} is merged, and would read a "
-                "hidden state that is steered already. Merge them together with `merge_adapter`, or call "
-                "`unmerge_adapter`."
+                f"Adapter {name!r} is active in a block where {', '.join(self.merged_adapters)} is merged, so it "
+                "would get a hidden state that is already steered. Merge the adapters together with `merge_adapter`, "
+                "or call `unmerge_adapter`."
             )
 
     def _forward_per_row(self, hidden: torch.Tensor, adapter_names: Sequence[str], site: str | None) -> torch.Tensor:
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter()`.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(adapter_names) != len(hidden):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -209,46 +211,46 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             adapter = self.adapters[name]
             if site is None or adapter.site == site:
                 rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                steered[rows] = adapter(hidden[rows], scaling=self.strength(name, adapter))
+                steered[rows] = adapter(hidden[rows], scaling=self.effective_scaling(name, adapter))
         return steered
 
-    def strength(self, name: str, adapter: Any) -> float:
-        """Strength of an adapter in the context that runs."""
-        return strength_in_context(adapter) if adapter.contexts else adapter.scaling
+    def effective_scaling(self, name: str, adapter: Any) -> float:
+        """The scaling of an adapter in the current context."""
+        return current_scaling(adapter) if adapter.contexts else adapter.scaling
 
     # Merging
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.merged:
-            # The block runs before its hook, too late to take a merged update back out there.
+            # The block has already run when its hook is called, too late to remove a merged update.
             self.unmerge()
         super().enable_adapters(enabled)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Does nothing: the tuner's `merge_adapter` has merged the adapters already, since it takes the whole model to
-        tell where that is exact."""
+        """Does nothing, since the adapters are already merged by the tuner's `merge_adapter`, which runs the model to
+        check that merging is exact."""
 
     def unmerge(self) -> None:
-        """Puts the tensors that updates were merged into back, bit for bit."""
+        """Restores the weights and biases that updates were merged into, bit for bit."""
         unmerge(self)
 
     # Devices
 
     def move_to_execution_device(self, adapter_name: str, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Moves an adapter to where its block computes now, keeping its dtype.
+        """Moves an adapter to the execution device of its block. Its dtype does not change.
 
         Args:
-            adapter_name (`str`): The adapter.
+            adapter_name (`str`): The name of the adapter.
             weights (`dict[str, torch.Tensor]`, *optional*):
-                The adapter's weights, if it was offloaded with its block since they were loaded. It is small, and
-                accelerate does not know where on disk it is: it stays where its block computes.
+                The adapter's weights, if accelerate has offloaded it together with its block. They are not in
+                accelerate's offload folder, so the adapter is restored and stays on the execution device.
         """
         if adapter_name not in self.adapters:
             return
         adapter = self.adapters[adapter_name]
         hook: Any = getattr(adapter, "_hf_hook", None)
         if weights is not None and getattr(hook, "offload", False):
-            hook.weights_map = weights  # from which removing the hook restores them
+            hook.weights_map = weights  # removing the hook restores the weights from it
             remove_hook_from_module(adapter)
         device, _ = self._block_device_and_dtype()
         if device is not None and not adapter.is_offloaded():
@@ -263,10 +265,10 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             adapter.to(device=device if device is not None else block_device, dtype=dtype)
 
     def _block_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
-        """Where the block computes, and the floating point format of its weights; `None` where it does not say.
+        """The execution device of the block and the dtype of its weights, `None` where they cannot be determined.
 
-        Weights that accelerate has offloaded are on the meta device, and a hook knows where they will be. Quantized
-        weights are integers, so it is norms and biases that tell the format then.
+        Offloaded weights are on the meta device, so that the execution device is read from accelerate's hook.
+        Quantized weights are integers, so that the dtype is that of norms and biases.
         """
         block = self.get_base_layer()
         own = {id(parameter) for parameter in self.parameters()}
@@ -287,7 +289,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         return replica
 
     def replica_for(self, hidden: torch.Tensor) -> SteeringLayer:
-        """The copy of this layer that `nn.DataParallel` has made last on the device of `hidden`."""
+        """The most recent replica of this layer by `nn.DataParallel` on the device of `hidden`."""
         for known in reversed(self._replicas):
             replica = known()
             if replica is not None and hidden.device in replica.devices():
@@ -295,7 +297,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         return self
 
     def devices(self) -> set[torch.device]:
-        """Devices of the adapters' weights, also of a replica's, which are no parameters."""
+        """Devices of the adapters' weights. Those of a replica are plain tensors, not parameters."""
         tensors = [
             value
             for adapter in self.adapters.values()

@@ -1,8 +1,8 @@
-"""Checks on an adapter that is loaded, before anything of it stays in the model.
+"""Checks on an adapter before it is loaded into a model.
 
-PEFT hands a tuner no folder: it asks for an injection first, then reads the weights, and then asks for their keys. So
-everything is checked at the injection, against the folder that PEFT or transformers is loading at that moment, and one
-place, [`restored_on_failure`], leaves the model as it was, whatever fails.
+When PEFT loads an adapter, it injects it first and then reads its weights, and does not pass the folder to the tuner.
+All checks are done at the injection, against the folder that PEFT or transformers is loading. If any of them fails,
+[`restored_on_failure`] restores the model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .folder import PREFIX, AdapterFolder
 from .matching import text_config
 from .saving import auxiliary_keys
 
-# Functions that inject an adapter and load its weights afterwards: their module and name, and the local variable that
-# holds the folder or Hub id.
+# Functions that inject an adapter and then load its weights: module and name, and the local variable with the folder
+# or Hub id.
 _LOADERS = {
     ("peft.peft_model", "from_pretrained"): "model_id",
     ("peft.peft_model", "load_adapter"): "model_id",
@@ -45,12 +45,12 @@ _COLLECTIONS = (dict, OrderedDict, list, set)
 @dataclass
 class Load:
     """
-    The load that an injection is part of.
+    A call that loads an adapter from a folder.
 
     Attributes:
-        folder ([`AdapterFolder`]): Where the weights are going to be read from.
-        key_mapping (`dict[str, str]`): Regular expressions that PEFT is going to apply to the keys.
-        by_transformers (`bool`): Whether transformers is going to read the weights, and not PEFT.
+        folder ([`AdapterFolder`]): The folder with the weights.
+        key_mapping (`dict[str, str]`): Regular expressions that PEFT applies to the keys, and their replacements.
+        by_transformers (`bool`): Whether transformers loads the weights, rather than PEFT.
     """
 
     folder: AdapterFolder
@@ -59,11 +59,11 @@ class Load:
 
     @classmethod
     def in_progress(cls) -> Load | None:
-        """The load whose injection is running right now, told from the functions that have been called. `None` for a
-        new adapter, also if its configuration was read from a folder.
+        """The load that the current injection is part of, found by inspecting the call stack. `None` for a new
+        adapter, even if its configuration was read from a folder.
 
         Raises:
-            ValueError: The folder has no weights that can be read.
+            ValueError: The folder has no weights, or none that can be read.
         """
         frame: Any = sys._getframe(1)
         while frame is not None:
@@ -72,7 +72,7 @@ class Load:
             values = frame.f_locals
             if variable is not None and values.get(variable) is not None:
                 if values.get("adapter_state_dict") is not None:
-                    return None  # transformers can be given the tensors themselves
+                    return None  # transformers accepts tensors instead of a folder
                 load_config = values.get("load_config")
                 kwargs = {
                     **PeftModel._split_kwargs(values.get("kwargs") or {})[0],
@@ -81,9 +81,13 @@ class Load:
                 }
                 device = {**(values.get("kwargs") or {}), **values}.get("torch_device")
                 if device is not None:
-                    torch.empty(0, device=device)  # raises what PEFT would, but in time
+                    torch.empty(
+                        0, device=device
+                    )  # raises PEFT's error for an invalid device, but before the injection
                 if getattr(load_config, "use_safetensors", None) is False:
-                    raise ValueError("Weights are read as safetensors only; leave out `use_safetensors=False`.")
+                    raise ValueError(
+                        "Got use_safetensors=False, but adapters are loaded from safetensors files only. Leave it out."
+                    )
                 folder = AdapterFolder.open(values[variable], **kwargs)
                 return cls(folder, values.get("key_mapping") or {}, module.startswith("transformers."))
             frame = frame.f_back
@@ -91,11 +95,11 @@ class Load:
 
     @cached_property
     def header(self) -> dict[str, torch.Tensor]:
-        """All tensors of the file as empty ones, under the keys that PEFT makes of those of the file."""
+        """All tensors of the file on the meta device, with `key_mapping` applied to their keys."""
         return self._renamed(self.folder.header())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the file under the same keys."""
+        """All tensors of the file, with `key_mapping` applied to their keys."""
         return self._renamed(self.folder.tensors())
 
     def _renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,7 +115,7 @@ class Load:
 
 
 def check_base_model_type(config: Any, model: nn.Module, theirs: str | None) -> None:
-    """Makes sure that an adapter read from a folder is for this type of model, if both say what they are.
+    """Checks that an adapter was trained on a model of the same type. Passes if either type is unknown.
 
     Args:
         config ([`~peft.PeftConfig`]): The adapter's configuration.
@@ -119,23 +123,23 @@ def check_base_model_type(config: Any, model: nn.Module, theirs: str | None) -> 
         theirs (`str`, *optional*): The `base_model_type` of the adapter.
 
     Raises:
-        ValueError: They are of different types.
+        ValueError: The types are different.
     """
     ours = getattr(text_config(model), "model_type", None)
     if theirs and ours and theirs != ours:
         name = f", {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
         raise ValueError(
-            f"This adapter was trained on a model of type {theirs!r}, and the base model is of type {ours!r}, whose "
-            f"hidden states mean something else, even if the shapes fit. Load the one that it was trained on{name}. "
-            "If you know that it fits this one too, set base_model_type to null in its adapter_config.json."
+            f"This adapter was trained on a model of type {theirs!r}, but the base model is of type {ours!r}. Their "
+            "hidden states have different meanings, even if the shapes match. Load the base model that the adapter "
+            f"was trained on{name}. To use this one anyway, set base_model_type to null in adapter_config.json."
         )
 
 
 def check_header(adapter_name: str, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """Makes sure that a file holds the expected tensors and no others, by their shapes and dtypes.
+    """Checks that a file has exactly the expected tensors, with the expected shapes and dtypes.
 
     Raises:
-        ValueError: Tensors are missing, unknown, of another shape or not floating point. Each is named.
+        ValueError: Tensors are missing, unexpected, of the wrong shape or not floating point. The message lists them.
     """
     problems = [_missing(key, tensor) for key, tensor in expected.items() if key not in given]
     problems += [
@@ -151,24 +155,25 @@ def check_adapter_tensors(
     read: Mapping[str, torch.Tensor],
     biases: Collection[str] = (),
 ) -> None:
-    """Makes sure that `tensors` is this adapter, whole and finite, and nothing that would overwrite the base model.
+    """Checks that `tensors` has all tensors of the adapter and no others, and that their values are finite.
 
-    PEFT itself only warns of what is missing, and loads what is extra.
+    PEFT itself only warns about missing tensors, and loads unexpected ones, which can overwrite the base model.
 
     Args:
-        model (`nn.Module`): Model with the adapter in place.
-        adapter_name (`str`): The adapter that is about to be loaded.
-        tensors (`dict[str, torch.Tensor]`): What was read, under keys of `model.state_dict()`.
-        read (`Mapping[str, torch.Tensor]`): The same under the keys of the file.
-        biases (`Collection[str]`): Keys of biases of the base model that were trained with the adapter.
+        model (`nn.Module`): The model, with the adapter injected.
+        adapter_name (`str`): The adapter to be loaded.
+        tensors (`dict[str, torch.Tensor]`): The tensors of the file by the keys of `model.state_dict()`.
+        read (`Mapping[str, torch.Tensor]`): The same tensors by their keys in the file.
+        biases (`Collection[str]`): Keys of the base model's biases that were trained with the adapter.
 
     Raises:
-        ValueError: Tensors are missing, unknown, of another shape, not floating point, or not finite. Each is named.
+        ValueError: Tensors are missing, unexpected, of the wrong shape, not floating point, or not finite. The message
+            lists them.
     """
     state = model.state_dict()
     required = _filter_state_dict_by_key_prefixes(state, _get_tuner_state_dict_key_prefixes(model, adapter_name))
     for key in biases:
-        prefixed = f"{PREFIX}{key}"  # in a file also where the model has no `PeftModel` around it
+        prefixed = f"{PREFIX}{key}"  # a file has the prefix even if `model` is not wrapped in a `PeftModel`
         required[prefixed if prefixed in tensors else key] = state[key]
     auxiliary = {key: state[key] for key in auxiliary_keys(model, adapter_name) if key in state}
     required |= auxiliary
@@ -180,20 +185,20 @@ def check_adapter_tensors(
         problem = _problem(tensor, places.get(key))
         if problem:
             problems.append(f"{_file_key(key, adapter_name)} {problem}")
-    if len(tensors) < len(read):  # two keys of the file mean the same parameter
+    if len(tensors) < len(read):  # two keys of the file are for the same parameter
         problems += [
-            f"{key} has shape {tuple(read[key].shape)} and is there without {adapter_name!r} in its name too"
+            f"{key} has shape {tuple(read[key].shape)} and is there twice, with and without {adapter_name!r}"
             for key in read.keys() & required.keys()
         ]
     _raise_if_any(problems, adapter_name)
 
 
 def model_keys(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a file under the keys that they have without a `PeftModel` around the model, those of modules that
-    are trained in full and of trained tokens with the adapter's name, as PEFT does before it asks a tuner.
+    """The tensors of a file by their keys in a model without a `PeftModel` around it, in the form in which PEFT passes
+    them to a tuner: keys of `modules_to_save` and `trainable_token_indices` contain the adapter's name.
 
     Raises:
-        ValueError: Keys have no prefix, and would get one from no one.
+        ValueError: Keys do not have PEFT's prefix.
     """
     strays = {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
     _raise_if_any([f"{key} {_problem(tensor, None)}" for key, tensor in strays.items()], adapter_name)
@@ -207,18 +212,19 @@ def model_keys(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.
 
 
 @contextmanager
-def restored_on_failure(tuner: Any, adapter_name: str, rewritten: Collection[torch.Tensor] = ()) -> Iterator[None]:
-    """Leaves the model as it was before a block that fails: modules, hooks, weights, flags and configurations.
+def restored_on_failure(tuner: Any, adapter_name: str, modified: Collection[torch.Tensor] = ()) -> Iterator[None]:
+    """Context manager for an injection. If it fails, restores the model: modules, hooks, weights, `requires_grad` and
+    configurations.
 
     Args:
-        tuner ([`~peft.tuners.tuners_utils.BaseTuner`]): The tuner that is about to inject an adapter.
-        adapter_name (`str`): The adapter.
-        rewritten (`Collection[torch.Tensor]`): Weights of the base model that the injection changes, to be kept.
+        tuner ([`~peft.tuners.tuners_utils.BaseTuner`]): The tuner that injects an adapter.
+        adapter_name (`str`): The name of the adapter.
+        modified (`Collection[torch.Tensor]`): Weights of the base model that the injection changes in place.
     """
     model = tuner.model
-    attributes = [_Attributes(owner) for owner in (*model.modules(), tuner, tuner.peft_config[adapter_name])]
+    attributes = [_AttributeSnapshot(owner) for owner in (*model.modules(), tuner, tuner.peft_config[adapter_name])]
     flags = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
-    values = [(tensor, tensor.detach().clone()) for tensor in rewritten]
+    values = [(tensor, tensor.detach().clone()) for tensor in modified]
     configs = {id(config): config for config in (getattr(model, "config", None), text_config(model)) if config}
     depths = [
         (config, config.num_hidden_layers) for config in configs.values() if hasattr(config, "num_hidden_layers")
@@ -235,14 +241,14 @@ def restored_on_failure(tuner: Any, adapter_name: str, rewritten: Collection[tor
             tensor.data.copy_(value)
         for config, depth in depths:
             config.num_hidden_layers = depth
-        if model.__dict__.get("peft_config") is tuner.peft_config:  # of an adapter that is added to others
+        if model.__dict__.get("peft_config") is tuner.peft_config:  # the adapter was added to a model with adapters
             tuner.peft_config.pop(adapter_name, None)
         raise
 
 
-class _Attributes:
-    """The attributes of an object, with what is in those that are collections: a module's children, parameters and
-    hooks are, and so is all that PEFT's layers know of their adapters."""
+class _AttributeSnapshot:
+    """The attributes of an object, and the contents of those that are collections, which include a module's children,
+    parameters and hooks, and the attributes of PEFT's layers."""
 
     def __init__(self, owner: Any):
         self.owner, self.values = owner, dict(vars(owner))
@@ -258,8 +264,8 @@ class _Attributes:
 
 
 def keep_until_dispatched(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Lets the tuner hold on to an adapter's weights where PEFT is going to dispatch a model with offloaded weights
-    once more after loading them. See [`SteeringLayer.move_to_execution_device`]."""
+    """Keeps a reference to an adapter's weights if the model has offloaded weights, because PEFT dispatches such a
+    model again after loading. See [`SteeringLayer.move_to_execution_device`]."""
     if not isinstance(model, PeftModel) or not {"cpu", "disk"} & set(
         (getattr(model, "hf_device_map", None) or {}).values()
     ):
@@ -276,20 +282,20 @@ def keep_until_dispatched(model: Any, adapter_name: str, tensors: Mapping[str, t
 
 
 def _missing(file_key: str, parameter: torch.Tensor) -> str:
-    return f"{file_key} is missing, the model expects shape {tuple(parameter.shape)}"
+    return f"{file_key} is missing, expected shape {tuple(parameter.shape)}"
 
 
 def _problem(tensor: torch.Tensor, place: torch.Tensor | None) -> str | None:
     shape = tuple(tensor.shape)
     if place is None:
-        return f"has shape {shape} but no place in this adapter"
+        return f"is unexpected (shape {shape})"
     if shape != tuple(place.shape):
-        return f"has shape {shape}, the model expects {tuple(place.shape)}"
+        return f"has shape {shape}, expected {tuple(place.shape)}"
     if place.is_floating_point() and not tensor.is_floating_point():
-        return f"has dtype {tensor.dtype}, floating point is expected"
-    # As the model will have it: a value that is finite in float32 need not be in float16.
+        return f"has dtype {tensor.dtype}, expected floating point"
+    # In the model's dtype, since a value that is finite in float32 can be infinite in float16.
     if not tensor.is_meta and not torch.isfinite(tensor.to(place.dtype)).all():
-        return f"holds NaN or infinite values in {str(place.dtype).removeprefix('torch.')}"
+        return f"has NaN or infinite values in {str(place.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -297,34 +303,34 @@ def _raise_if_any(problems: list[str], adapter_name: str) -> None:
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError(
-            f"The weights of adapter {adapter_name!r} do not fit, so nothing was loaded:\n- "
+            f"The weights of adapter {adapter_name!r} do not match the model, so nothing was loaded:\n- "
             + "\n- ".join(shown)
             + "\nCheck that the adapter was trained on this base model and that its folder is complete."
         )
 
 
 def _file_key(key: str, adapter_name: str) -> str:
-    """The name of the tensor in the file, which has a prefix whether or not the model has a `PeftModel` around it."""
+    """The key in the file, which has PEFT's prefix even if the model is not wrapped in a `PeftModel`."""
     bare = key.removeprefix(PREFIX).replace(f".modules_to_save.{adapter_name}.", ".")
-    return PREFIX + _without_name(bare, adapter_name)
+    return PREFIX + _without_adapter_name(bare, adapter_name)
 
 
-def _without_name(key: str, adapter_name: str) -> str:
+def _without_adapter_name(key: str, adapter_name: str) -> str:
     head, separator, leaf = key.rpartition(f".{adapter_name}.")
     return f"{head}.{leaf}" if separator else key.removesuffix(f".{adapter_name}")
 
 
 def _saved_embeddings(model: nn.Module, state: dict, adapter_name: str, tensors: Mapping) -> dict[str, torch.Tensor]:
-    """Where embeddings in a file may go. PEFT saves each that has an adapter on it, and those of a resized vocabulary
-    always together, input and output (one of them alone is a stray). Each comes with all that PEFT has put around it,
-    with and without the adapter's name."""
+    """The parameters of embeddings that a file may contain. PEFT saves an embedding that has an adapter, and both the
+    input and the output embeddings if the vocabulary was resized. The keys of an embedding that PEFT has wrapped may
+    or may not contain the adapter's name."""
     embeddings = _embeddings(model)
     own: dict[str, torch.Tensor] = {}
     groups: list[dict[str, torch.Tensor]] = []
     for name, module in model.named_modules():
         if module in embeddings:
             group = {key: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-            group |= {_without_name(key, adapter_name): tensor for key, tensor in group.items()}
+            group |= {_without_adapter_name(key, adapter_name): tensor for key, tensor in group.items()}
             groups.append(group)
             if isinstance(module, BaseTunerLayer):
                 own |= group

@@ -1,7 +1,8 @@
-"""Finding the transformer blocks of a model by structure, and choosing among them.
+"""Finds the transformer blocks of a model, and selects those to steer.
 
-There is no table of model types. The blocks are the entries of the one `nn.ModuleList` in the text decoder that has
-`config.num_hidden_layers` entries, which holds for nearly every causal language model of transformers.
+The blocks are found by structure, without a table of model types: they are the entries of the only `nn.ModuleList` in
+the text decoder with `config.num_hidden_layers` entries. This works for nearly all causal language models in
+transformers.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from typing import Any
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-# What `torch.compile` puts before all names of a module. PEFT drops it in some places and not in others.
+# The prefix of all names in a module wrapped by `torch.compile`. PEFT removes it in some places but not in others.
 _COMPILED = "_orig_mod."
 
 
 def text_config(model: nn.Module):
-    """The configuration of the text decoder, or `None` if `model` has no transformers configuration."""
+    """The configuration of the text decoder, or `None` if `model` does not have a transformers configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
 def check_hidden_size(model: nn.Module) -> None:
-    """Makes sure that the width `d` of the residual stream is known.
+    """Checks that the model's configuration has the width `d` of the residual stream.
 
     Raises:
-        ValueError: The model's configuration does not say.
+        ValueError: It does not.
     """
     if not isinstance(getattr(text_config(model), "hidden_size", None), int):
         raise ValueError(
@@ -37,17 +38,17 @@ def check_hidden_size(model: nn.Module) -> None:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks of the text decoder, first to last, e.g. `["model.layers.0", "model.layers.1", ...]`.
+    """Names of the blocks of the text decoder in order, for example `["model.layers.0", "model.layers.1", ...]`.
 
     Raises:
-        ValueError: No list of blocks, or more than one, fits; the message says to pass `target_modules`.
+        ValueError: No list of blocks was found, or more than one.
     """
     candidates = _candidate_lists(model)
     if len(candidates) != 1:
-        found = f"several lists fit: {sorted(candidates)}" if candidates else "none was found"
+        found = f"found several: {sorted(candidates)}" if candidates else "found none"
         raise ValueError(
-            f"Could not tell the transformer blocks of {type(model).__name__}: looked in its text decoder for the one "
-            f"nn.ModuleList with config.num_hidden_layers entries, but {found}. Please name the blocks with "
+            f"Could not find the transformer blocks of {type(model).__name__}: expected a single nn.ModuleList with "
+            f"config.num_hidden_layers entries in its text decoder, but {found}. Please specify the blocks with "
             r"`target_modules`, for example target_modules=r'model\.decoder\.layers\.\d+' or "
             "target_modules=['model.decoder.layers']."
         )
@@ -71,7 +72,7 @@ def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Module lists that are not inside another one: a block's list of experts is not a list of blocks."""
+    """Module lists that are not inside another one, which excludes a block's list of experts."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
@@ -80,13 +81,13 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 class BlockMatcher:
-    """Which blocks of `model` the fields `target_modules`, `exclude_modules`, `layers_to_transform` of `config` mean.
+    """Selects the blocks of `model` that match `target_modules`, `exclude_modules` and `layers_to_transform`.
 
-    Where the text decoder's blocks are found by structure, only they can be meant, so an ending such as `"layers.0"`
-    never reaches into a vision tower. Otherwise every entry of an outermost `nn.ModuleList` can be.
+    If the blocks of the text decoder are found by structure, only they can match, so that `"layers.0"` does not match
+    a block of the vision tower. Otherwise every entry of an outermost `nn.ModuleList` can.
 
     Raises:
-        ValueError: Nothing is meant, or something that does not exist.
+        ValueError: No block matches, or a name or index does not exist.
     """
 
     def __init__(self, model: nn.Module, config):
@@ -106,16 +107,16 @@ class BlockMatcher:
             modules_to_save=config.modules_to_save,
             target_parameters=None,
         )
-        self._layers = self._checked_layers(config.layers_to_transform)
+        self._layers = self._checked_indices(config.layers_to_transform)
         if not any(self(name) for name in self.blocks):
             raise ValueError(
-                f"No block is left to steer with target_modules={config.target_modules}, "
+                f"No block to steer matches target_modules={config.target_modules}, "
                 f"exclude_modules={config.exclude_modules}, layers_to_transform={config.layers_to_transform}, "
                 f"modules_to_save={config.modules_to_save}. The blocks are {self._summary()}."
             )
 
     def __call__(self, name: str):
-        """Truthy if `name` is a block to steer. PEFT's own marker, which is falsy, if it is excluded."""
+        """Truthy if `name` is a block to steer. For an excluded block, PEFT's falsy `_ExcludedModule`."""
         name = name.removeprefix(_COMPILED)
         if name not in self._known:
             return False
@@ -123,39 +124,36 @@ class BlockMatcher:
         return matched and (self._layers is None or block_index(name) in self._layers)
 
     def matched(self) -> list[str]:
-        """Names of the blocks to steer, first to last."""
+        """Names of the blocks to steer, in order."""
         return [name for name in self.blocks if self(name)]
 
     def is_block(self, name: str) -> bool:
-        """Whether `name` is a block that could be steered, meant or not."""
+        """Whether `name` is a block, selected or not."""
         return name.removeprefix(_COMPILED) in self._known
 
     def _expand(self, names):
-        """The name of a list of blocks stands for all of its entries."""
+        """Replaces the names of lists of blocks by the names of their entries."""
         if names is None:
             return self.blocks
         if isinstance(names, str):
             return names
         expanded = []
         for wanted in names:
-            suffix = f".{wanted}"
             matches = [
-                block
-                for block in self.blocks
-                if any(name == wanted or name.endswith(suffix) for name in (block, block.rpartition(".")[0]))
+                block for block in self.blocks if any(is_called(n, wanted) for n in (block, block.rpartition(".")[0]))
             ]
             if not matches:
                 raise ValueError(f"There is no block {wanted!r}. The blocks are {self._summary()}.")
             expanded += matches
         return expanded
 
-    def _checked_layers(self, layers: int | list[int] | None) -> set[int] | None:
+    def _checked_indices(self, layers: int | list[int] | None) -> set[int] | None:
         if layers is None:
             return None
         wanted = {layers} if isinstance(layers, int) else set(layers)
         missing = sorted(wanted - {block_index(name) for name in self.blocks})
         if missing:
-            raise ValueError(f"layers_to_transform names blocks {missing}, but the blocks are {self._summary()}.")
+            raise ValueError(f"layers_to_transform contains {missing}, but the blocks are {self._summary()}.")
         return wanted
 
     def _summary(self) -> str:
@@ -163,9 +161,14 @@ class BlockMatcher:
         return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]]) or "none"
 
 
+def is_called(name: str, wanted: str) -> bool:
+    """Whether a module's full name is `wanted` or ends in it."""
+    return name == wanted or name.endswith(f".{wanted}")
+
+
 def block_index(name: str) -> int:
-    """The number that ends a block's name: 3 for `"model.layers.3"`."""
+    """The index of a block, which is at the end of its name: 3 for `"model.layers.3"`."""
     match = re.search(r"(\d+)$", name)
     if match is None:
-        raise ValueError(f"{name!r} is not the name of an entry of a list of blocks.")
+        raise ValueError(f"Expected the name of a block, which ends in an index, got {name!r}.")
     return int(match.group(1))

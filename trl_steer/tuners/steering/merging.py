@@ -1,13 +1,14 @@
-"""Merging updates into the base model, where that is exact.
+"""Merges updates into the base model, where that is exact.
 
-An affine update `h + M h + v` of what a linear layer returns is that layer with `(I + M) W` and `(I + M) b + v`; of
-what linear layers take, each of them with `W (I + M)` and `b + W v`. It must be the linear layers alone that return or
-take the hidden state, with nothing in between, and a bias must be there: one that the model's configuration does not
-know of would silently be lost by saving and loading. After a residual addition only `v` can be merged, since `M` would
-have to act on the skip path too.
+An affine update `h + M h + v` of the output of a linear layer can be merged into this layer, as `(I + M) W` and
+`(I + M) b + v`. An update of the input of linear layers can be merged into each of them, as `W (I + M)` and `b + W v`.
 
-No table of models says where all of this holds. Each block is run with random updates at its sites, once with hooks
-and once merged, and looked at.
+This requires that nothing but these linear layers returns or takes the hidden state, and that there is a bias to add
+to: a bias that the model's configuration does not provide for would be lost when the model is saved and loaded. After
+a residual addition, only `v` can be merged, since `M` also acts on the skip connection.
+
+Whether merging is exact does not depend on a table of models. It is tested by running each block with random updates,
+once applied by hooks and once merged.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import AffineUpdate
-from .probing import Call, base_model, block_calls, readers, with_update
+from .probing import Call, adapters_disabled, input_linear_layers, output_with_update, record_block_calls
 from .sites import BlockAnatomy, Site, get_hidden
 
-# How far the merged block may be from the hooked one, relative to its output: rounding only.
+# Largest difference between the outputs of a block with merged and with hooked updates, relative to the output. Allows
+# for rounding only.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 5e-2
 
 _ADVICE = (
-    "Keep it as an adapter: save it with `save_pretrained` and load it with `PeftModel.from_pretrained`. Engines that "
-    "want merged weights, such as vLLM under TRL's `use_vllm=True`, cannot serve it; generate with transformers "
+    "Keep it as an adapter: save it with `save_pretrained` and load it with `PeftModel.from_pretrained`. It cannot be "
+    "used with engines that need merged weights, such as vLLM (`use_vllm=True` in TRL); generate with transformers "
     "(`use_vllm=False`)."
 )
 
@@ -47,18 +49,20 @@ class MergedTensor(NamedTuple):
 
 
 def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-    """Merges adapters (the active ones by default) into linear layers of the base model.
+    """Merges adapters into linear layers of the base model, by default the active ones.
 
-    Adapters that are active together read the same hidden state. So what is merged already is taken out, and merged
-    again together with the new ones.
+    Active adapters all get the same hidden state. So adapters that are already merged are unmerged, and merged again
+    together with the new ones.
 
     Raises:
-        ValueError: Some update cannot be merged exactly. The message says which and why; nothing has changed then.
+        ValueError: There is no such adapter, or an update cannot be merged exactly. The model is left unchanged.
     """
     names = tuner.active_adapters if adapter_names is None else adapter_names
     for name in names:
         if name not in tuner.peft_config:
-            raise ValueError(f"There is no adapter {name!r} to merge; this model has {sorted(tuner.peft_config)}.")
+            raise ValueError(
+                f"There is no adapter {name!r} to merge in this model, which has {list(tuner.peft_config)}."
+            )
     layers = {name: layer for name, layer in tuner.named_steering_layers() if set(names) & set(layer.adapters)}
     new = {
         name: [adapter for adapter in check_adapters_to_merge(layer, names) if adapter in layer.adapters]
@@ -69,23 +73,23 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
     updates = {name: _updates(layer, together[name]) for name, layer in layers.items()}
     shared = _shared_parameters(tuner.model)
     done: list[tuple[Any, MergedTensor]] = []
-    with _as_before_on_failure(layers.values(), done):
+    with _restored_merges_on_failure(layers.values(), done):
         for layer in layers.values():
             unmerge(layer)
-        with base_model(tuner.model, layers):
-            calls = block_calls(tuner.model, layers)
+        with adapters_disabled(tuner.model, layers):
+            calls = record_block_calls(tuner.model, layers)
             for name, layer in layers.items():
                 for site_name, update in updates[name].items():
                     site = layer.anatomy.site(site_name)
-                    for merged in _plan(name, layer.anatomy, site, update, calls[name]):
+                    for merged in _plan_merge(name, layer.anatomy, site, update, calls[name]):
                         if id(merged.parameter) in shared:
-                            raise ValueError(_cannot(name, "into weights that it shares with other layers"))
+                            raise ValueError(_cannot_merge(name, "into weights that are shared with other layers"))
                         if safe_merge and not torch.isfinite(merged.after).all():
                             raise ValueError(
                                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
-                                f"broken: at {name} its weights hold NaN or infinite values. Nothing was merged."
+                                f"broken: its weights at {name} have NaN or infinite values. Nothing was merged."
                             )
-                        merged.parameter.data = merged.after.clone()  # which other adapters may write into
+                        merged.parameter.data = merged.after.clone()  # merging LoRA may change it in place
                         done.append((layer, merged))
     for layer, merged in done:
         layer.merged_tensors.append(merged)
@@ -94,7 +98,7 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
 
 
 @contextmanager
-def _as_before_on_failure(layers: Iterable[Any], done: list[tuple[Any, MergedTensor]]) -> Iterator[None]:
+def _restored_merges_on_failure(layers: Iterable[Any], done: list[tuple[Any, MergedTensor]]) -> Iterator[None]:
     before = [
         (layer, list(layer.merged_adapters), [(tensor, tensor.parameter.data) for tensor in layer.merged_tensors])
         for layer in layers
@@ -113,7 +117,7 @@ def _as_before_on_failure(layers: Iterable[Any], done: list[tuple[Any, MergedTen
 
 
 def unmerge(layer: Any) -> None:
-    """Puts the tensors of before back; where something else was added since, only the updates are taken out."""
+    """Restores the tensors that were merged into. If one has changed since, only subtracts the update."""
     for parameter, before, after in reversed(layer.merged_tensors):
         now = parameter.data
         before, after = (tensor.to(device=now.device, dtype=now.dtype) for tensor in (before, after))
@@ -122,9 +126,9 @@ def unmerge(layer: Any) -> None:
     layer.merged_adapters.clear()
 
 
-def merge_others(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Merges what is in the other layers with adapters, as [`~peft.tuners.tuners_utils.BaseTuner.merge_adapter`] does.
-    A layer that raises, perhaps in the middle, is left as it was."""
+def merge_other_layers(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Merges the other adapter layers, as [`~peft.tuners.tuners_utils.BaseTuner.merge_adapter`] does. If merging fails
+    in a layer, this layer is restored."""
     for layer in tuner.model.modules():
         if isinstance(layer, BaseTunerLayer) and not hasattr(layer, "merged_tensors"):
             with onload_layer(layer), _restored_on_failure(layer):
@@ -145,7 +149,7 @@ def _restored_on_failure(layer: Any) -> Iterator[None]:
     except BaseException:
         for module, name, parameter, value in before:
             parameter.data.copy_(value)
-            module._parameters[name] = parameter  # quantized weights are replaced as a whole
+            module._parameters[name] = parameter  # for a quantized weight, merging assigns a new parameter
         layer.merged_adapters[:] = merged
         raise
 
@@ -156,18 +160,18 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
-    """For each site of a block, the sum of the updates to merge there."""
+    """The sum of the updates to merge, for each site of a block."""
     parts: dict[str, list[AffineUpdate]] = {}
     for name in names:
         adapter = layer.adapters[name]
         try:
             if adapter.is_offloaded():
                 raise ValueError("its weights are offloaded.")
-            update = adapter.merge(layer.anatomy.site(adapter.site), layer.strength(name, adapter))
+            update = adapter.merge(layer.anatomy.site(adapter.site), layer.effective_scaling(name, adapter))
             if adapter.site == "post_block" and update.left is not None:
                 raise ValueError(
-                    "it multiplies the whole residual stream, skip connection included, so it equals no change of "
-                    "weights."
+                    "its update multiplies the residual stream including the skip connection, which no change of "
+                    "weights can do."
                 )
         except ValueError as error:
             raise ValueError(f"Adapter {name!r} cannot be merged: {error} {_ADVICE}") from error
@@ -187,78 +191,84 @@ def _sum(updates: list[AffineUpdate]) -> AffineUpdate:
 
 
 @torch.no_grad()
-def _plan(name: str, anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> list[MergedTensor]:
-    """What merging an update at a site changes, once it is seen to be exact there."""
-    linears = _linears_at(name, anatomy, site, call)
+def _plan_merge(name: str, anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> list[MergedTensor]:
+    """The changes that merge an update at a site, after testing that they are exact."""
+    linears = _linear_layers_at(name, anatomy, site, call)
     for linear, linear_name in linears:
-        _check_can_take(name, linear, linear_name, update, anatomy, site)
+        _check_mergeable(name, linear, linear_name, update, anatomy, site)
     device = linears[0][0].weight.device
     update = AffineUpdate(*(None if part is None else part.to(device) for part in update))
     probe = _random_like(update, get_hidden(anatomy.block(*call.args, **call.kwargs)).double().std())
-    with _swapped([m for linear, _ in linears for m in _merged(linear, site, probe)]):
+    with _temporarily_merged([m for linear, _ in linears for m in _merged(linear, site, probe)]):
         merged = get_hidden(anatomy.block(*call.args, **call.kwargs)).double()
-    hooked = with_update(anatomy, site, probe, call)
+    hooked = output_with_update(anatomy, site, probe, call)
     tolerance = _TOLERANCE.get(linears[0][0].weight.dtype, _TOLERANCE_16_BIT)
     if not (merged - hooked).abs().max() <= tolerance * hooked.abs().max():
         raise ValueError(
-            _cannot(
+            _cannot_merge(
                 name,
-                f"at {site.name}: what is steered there is not just what {', '.join(n for _, n in linears)} "
-                f"{'takes' if site.is_input else 'returns'} (a norm, a factor or another layer comes between)",
+                f"at {site.name}: the hidden state there is not exactly the {'input' if site.is_input else 'output'} "
+                f"of {', '.join(n for _, n in linears)} (there is a norm, a factor or another layer in between)",
             )
         )
     return [merged for linear, _ in linears for merged in _merged(linear, site, update)]
 
 
-def _linears_at(name: str, anatomy: BlockAnatomy, site: Site, call: Call) -> list[tuple[Any, str]]:
-    """The linear layers that take the hidden state of an input site, or the one that returns an output site's."""
+def _linear_layers_at(name: str, anatomy: BlockAnatomy, site: Site, call: Call) -> list[tuple[Any, str]]:
+    """The linear layers whose input is the hidden state of the site, or the one whose output it is."""
     linears = anatomy.linear_layers()
     if site.is_input:
-        found = readers(anatomy, site, linears, call)
+        found = input_linear_layers(anatomy, site, linears, call)
     else:
         last = anatomy.attention_output() if site.name == "post_attn" else anatomy.mlp_output()
         found = [last] if last is not None else []
     if not found:
-        raise ValueError(_cannot(name, f"at {site.name}: no linear layer of its own was found there"))
+        raise ValueError(_cannot_merge(name, f"at {site.name}: no linear layer was found there"))
     return [(linears[linear], linear) for linear in found]
 
 
-def _check_can_take(
+def _check_mergeable(
     name: str, linear: Any, linear_name: str, update: AffineUpdate, anatomy: BlockAnatomy, site: Site
 ) -> None:
-    """Makes sure that a linear layer can take an update, as far as that can be told without running it."""
+    """Checks that an update can be merged into a linear layer, as far as possible without running it.
+
+    Raises:
+        ValueError: It cannot: the layer is trained in full, offloaded, quantized, has an adapter or lacks a bias.
+    """
     parent = anatomy.block.get_submodule(linear_name.rpartition(".")[0])
     wrapper = anatomy.block.get_submodule(linear_name)
     if isinstance(parent, AuxiliaryTrainingWrapper) or ".modules_to_save." in f".{linear_name}":
-        raise ValueError(_cannot(name, f"into {linear_name}, which is itself trained in full"))
+        raise ValueError(_cannot_merge(name, f"into {linear_name}, which is one of modules_to_save"))
     if linear.weight.is_meta:
         raise ValueError(
-            _cannot(name, "while the weights of the block are offloaded", "Load the base model without offloading.")
+            _cannot_merge(
+                name, "while the weights of the block are offloaded", "Load the base model without offloading."
+            )
         )
     if update.left is not None and isinstance(wrapper, BaseTunerLayer):
-        raise ValueError(_cannot(name, f"into the weight of {linear_name}, which has an adapter of its own"))
+        raise ValueError(_cannot_merge(name, f"into the weight of {linear_name}, which has an adapter of its own"))
     if (update.left is not None or site.is_input) and not linear.weight.is_floating_point():
-        raise ValueError(_cannot(name, f"into {linear_name}, whose weight is quantized"))
+        raise ValueError(_cannot_merge(name, f"into {linear_name}, whose weight is quantized"))
     if update.offset is not None and linear.bias is None:
         field = "attention_bias" if anatomy.is_in_attention(linear_name) else "mlp_bias"
         hint = (
-            f" Its configuration has `{field}`: load the base model with `{field}=True`, which adds biases of zero, "
-            "then load the adapter and merge."
+            f" The model's configuration has `{field}`: load the base model with `{field}=True`, which adds zero "
+            "biases, then load the adapter and merge it."
             if getattr(anatomy.config, field, None) is False
             else ""
         )
         raise ValueError(
-            _cannot(
+            _cannot_merge(
                 name,
-                f"into {linear_name}, which has no bias, and one that the model's configuration does not know of "
-                "would be lost by saving and loading",
+                f"into {linear_name}, which has no bias. One that the model's configuration does not provide for "
+                "would be lost when the model is saved and loaded",
             )
             + hint
         )
 
 
 def _merged(linear: Any, site: Site, update: AffineUpdate) -> Iterator[MergedTensor]:
-    """The tensors of a linear layer that has taken an update, computed in float64."""
+    """The tensors of a linear layer that change when an update is merged into it, computed in float64."""
     left, right, offset = update
     transposed = isinstance(linear, Conv1D)
     if left is not None and right is not None:
@@ -280,8 +290,8 @@ def _merged(linear: Any, site: Site, update: AffineUpdate) -> Iterator[MergedTen
 
 
 @contextmanager
-def _swapped(tensors: list[MergedTensor]) -> Iterator[None]:
-    """The merged tensors in their places for a moment; afterwards the very tensors of before."""
+def _temporarily_merged(tensors: list[MergedTensor]) -> Iterator[None]:
+    """Context manager in which the merged tensors are used by the model."""
     try:
         for parameter, _, after in tensors:
             parameter.data = after
@@ -292,14 +302,15 @@ def _swapped(tensors: list[MergedTensor]) -> Iterator[None]:
 
 
 def _random_like(update: AffineUpdate, scale: torch.Tensor) -> AffineUpdate:
-    """A random update of the same form, about as large as the hidden state, whose standard deviation is `scale`."""
+    """A random update with tensors of the same shapes, about as large as a hidden state of standard deviation
+    `scale`."""
     left, right, offset = (None if part is None else torch.randn_like(part) for part in update)
     if left is not None and right is not None:
         left, right = left / len(left) ** 0.5, right / len(right) ** 0.5
     return AffineUpdate(left, right, None if offset is None else offset * scale.to(offset.device))
 
 
-def _cannot(layer_name: str, why: str, what_to_do: str = "") -> str:
+def _cannot_merge(layer_name: str, why: str, what_to_do: str = "") -> str:
     block = layer_name.rpartition(".")[0]
     advice = what_to_do or "Keep it as an adapter instead (`save_pretrained`)."
     return f"The steering update of {block} cannot be merged {why}. {advice}"

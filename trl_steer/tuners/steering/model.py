@@ -1,4 +1,4 @@
-"""The base class of tuners that steer and do nothing else."""
+"""The base class of tuners that only steer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .sums import check_summable, summed_config, write_sums
 from .tuner import SteeringTuner
 
 
-class _NothingElse(BaseTuner):
-    """The tuner behind [`SteeringTuner`] where blocks are all that is steered."""
+class _BlocksOnlyTuner(BaseTuner):
+    """The next base class after [`SteeringTuner`] for tuners that have no targets other than blocks."""
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return False
@@ -19,18 +19,18 @@ class _NothingElse(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        raise ValueError(f"{current_key} is no block of the model, so it cannot be steered.")
+        raise ValueError(f"{current_key} cannot be steered, because it is not a block of the model.")
 
 
-class SteeringModel(SteeringTuner, _NothingElse):
+class SteeringModel(SteeringTuner, _BlocksOnlyTuner):
     """
-    Base class of the tuners that only steer. A tuner sets `steering_layer_cls` and `tuner_layer_cls`.
+    Base class of the tuners that only steer. A subclass sets `steering_layer_cls` and `tuner_layer_cls`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to steer.
         config ([`SteeringConfig`]): The configuration.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
-        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty weights on the meta device, to be loaded into.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
 
     **Attributes**:
         - **model** ([`~transformers.PreTrainedModel`]) -- The model to be steered.
@@ -44,18 +44,17 @@ class SteeringModel(SteeringTuner, _NothingElse):
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
         """
-        Adds an adapter whose update is exactly the weighted sum of the updates of others: vectors add, low-rank
-        factors concatenate (so ranks add too, and all must have the same activation).
+        Adds an adapter whose update is exactly the weighted sum of the updates of other adapters. Vectors are added.
+        Low-rank factors are concatenated, so that the rank is the sum of the ranks.
 
         Args:
-            adapters (`list[str]`): Names of adapters of the same form.
-            weights (`list[float]`): A weight for each, negative ones included.
-            adapter_name (`str`): Name of the new adapter. It is not made active.
-            combination_type (`str`, defaults to `"cat"`):
-                `"cat"` or `"linear"`, PEFT's names; both mean the exact sum here.
+            adapters (`list[str]`): Names of the adapters to combine. They must have the same type and activation.
+            weights (`list[float]`): A weight for each adapter. May be negative.
+            adapter_name (`str`): Name of the new adapter, which is not activated.
+            combination_type (`str`, defaults to `"cat"`): `"cat"` or `"linear"`. Both give the exact sum.
 
         Raises:
-            ValueError: An adapter does not exist, the new one does, or they cannot be summed exactly.
+            ValueError: An adapter does not exist, the new one already does, or the adapters have no exact sum.
         """
         if combination_type not in ("cat", "linear"):
             raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")

@@ -1,4 +1,4 @@
-"""Running single blocks of a model, to see what an update at a site does there."""
+"""Runs single blocks of a model, to test whether an update can be merged there."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _PROBE_TOKENS = 32
 
 
 class Call(NamedTuple):
-    """How the model calls a block."""
+    """The arguments of a call of a block."""
 
     args: tuple
     kwargs: dict
 
 
 @contextmanager
-def base_model(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
-    """The model in evaluation mode and without the adapters of `layers`."""
+def adapters_disabled(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
+    """Context manager in which the model is in evaluation mode and the adapters of `layers` are disabled."""
     modes = [(module, module.training) for module in model.modules()]
     enabled = [layer for layer in layers.values() if not layer.disable_adapters]
     try:
         model.eval()
         for layer in enabled:
-            layer._disable_adapters = True  # without the side effects of `enable_adapters` on gradients
+            layer._disable_adapters = True  # `enable_adapters` would change `requires_grad`
         yield
     finally:
         for layer in enabled:
@@ -41,20 +41,20 @@ def base_model(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
-    """How the model calls each block on a prompt, without adapters.
+def record_block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
+    """Runs the model on a prompt and records the arguments with which it calls each block.
 
     Raises:
-        ValueError: The model does not run on token ids alone.
+        ValueError: The model cannot be run on token ids alone.
     """
     found: dict[str, Call] = {}
     handles = [
-        layer.get_base_layer().register_forward_pre_hook(_remember(found, name), with_kwargs=True)
+        layer.get_base_layer().register_forward_pre_hook(_record_call(found, name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     embeddings = model.get_input_embeddings()
     positions = getattr(text_config(model), "max_position_embeddings", None) or 0
-    count = min(_PROBE_TOKENS, positions) if positions > 0 else _PROBE_TOKENS  # XLNet says -1, for any number
+    count = min(_PROBE_TOKENS, positions) if positions > 0 else _PROBE_TOKENS  # XLNet has -1, no limit
     tokens = torch.arange(count, device=embeddings.weight.device).remainder(len(embeddings.weight))
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -63,7 +63,7 @@ def block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
         model(**dict.fromkeys(names, tokens[None]), use_cache=False)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Nothing can be merged into {type(model).__name__}: to see where that is exact, it was run on "
+            f"Adapters cannot be merged into {type(model).__name__}: to test that merging is exact, it was run on "
             f"{' and '.join(names)} alone, which failed ({type(error).__name__}: {error}). Keep the adapter instead "
             "(`save_pretrained`)."
         ) from error
@@ -73,12 +73,12 @@ def block_calls(model: Any, layers: dict[str, Any]) -> dict[str, Call]:
     return found
 
 
-def _remember(found: dict[str, Call], name: str) -> Callable:
+def _record_call(found: dict[str, Call], name: str) -> Callable:
     return lambda module, args, kwargs: found.__setitem__(name, Call(args, kwargs))
 
 
-def readers(anatomy: BlockAnatomy, site: Site, linears: dict[str, Any], call: Call) -> list[str]:
-    """Linear layers of a block that take the very tensor that enters the module of a site, or a view of it."""
+def input_linear_layers(anatomy: BlockAnatomy, site: Site, linears: dict[str, Any], call: Call) -> list[str]:
+    """Names of the linear layers of a block whose input is the input of the site's module, or a view of it."""
     entered: list[torch.Tensor] = []
     found: list[str] = []
 
@@ -103,8 +103,8 @@ def readers(anatomy: BlockAnatomy, site: Site, linears: dict[str, Any], call: Ca
     return found
 
 
-def with_update(anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> torch.Tensor:
-    """Output of a block in float64 with an update applied by a hook at a site."""
+def output_with_update(anatomy: BlockAnatomy, site: Site, update: AffineUpdate, call: Call) -> torch.Tensor:
+    """The output of a block, in float64, when a hook applies an update at a site."""
 
     def steered(hidden: torch.Tensor) -> torch.Tensor:
         h = hidden.double()

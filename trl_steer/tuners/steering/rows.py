@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig
 
-# Read by the hooks below when they run: they see the names of the thread or task that runs the model, whoever
-# registered them.
+# A context variable, so that each thread or task that runs the model sees its own names.
 _NAMES: ContextVar[_Rows | None] = ContextVar("adapter_names", default=None)
 
 
@@ -20,8 +19,8 @@ class _Rows:
     The adapter of each row.
 
     Args:
-        names (`Sequence[str]`): One for each row of the batch.
-        repeats (`int`): How often `generate` repeats each row, for its beams or sequences.
+        names (`Sequence[str]`): The name of the adapter for each row of the batch.
+        repeats (`int`): How often `generate` repeats each row, for beams or for several sequences.
     """
 
     def __init__(self, names: Sequence[str], repeats: int):
@@ -29,8 +28,8 @@ class _Rows:
         self.repeated = [name for name in names for _ in range(repeats)]
 
     def for_rows(self, count: int, is_flat: bool) -> list[str]:
-        """The names for a tensor with `count` rows, which holds the tokens of all rows if `is_flat`, as the MLP of OPT
-        and shared experts get them."""
+        """The names for the rows of a tensor. If `is_flat`, its rows are tokens, as in the input of OPT's MLP and of
+        shared experts."""
         names = self.repeated if count == len(self.repeated) else self.names
         if is_flat and names and count % len(names) == 0:
             return [name for name in names for _ in range(count // len(names))]
@@ -41,12 +40,13 @@ class _Rows:
 def adapters_by_row(
     layers: Sequence[nn.Module], names: Sequence[str], args: tuple = (), kwargs: dict | None = None, model: Any = None
 ) -> Iterator[None]:
-    """Passes each of `layers`, modules that take `adapter_names`, the names for its rows.
+    """Context manager in which `adapter_names` is passed to each of `layers`.
 
     Args:
-        layers (`Sequence[nn.Module]`): Steering layers, and other modules with adapters.
-        names (`Sequence[str]`): One for each row of the batch.
-        args (`tuple`), kwargs (`dict`, *optional*), model: What `generate` was called with, to tell its repetitions.
+        layers (`Sequence[nn.Module]`): Steering layers, and other modules that take `adapter_names`.
+        names (`Sequence[str]`): The name of the adapter for each row of the batch.
+        args (`tuple`), kwargs (`dict`, *optional*), model: Arguments and model of `generate`, for `num_beams` and
+            `num_return_sequences`.
     """
     own = getattr(model, "generation_config", None)
     configs = [c for c in (*args, (kwargs or {}).get("generation_config"), own) if isinstance(c, GenerationConfig)]
@@ -63,14 +63,14 @@ def adapters_by_row(
 
 def _pass_names(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
     rows = _NAMES.get()
-    # In another thread, which has not asked for names, or just as another one removes this hook: PyTorch then calls it
-    # without the keywords. The hooks of this thread pass them.
+    # The call may come from another thread, which did not pass names. While another thread removes its hook, PyTorch
+    # may call it without keyword arguments; this thread has its own hook, which passes the names.
     if rows is None or kwargs is None:
         return None
     return args, {**kwargs, "adapter_names": rows.for_rows(len(args[0]), args[0].dim() == 2)}
 
 
 def _argument(kwargs: dict, configs: list[GenerationConfig], name: str) -> int:
-    """As `generate` finds it: an argument, else what a given configuration has, else the model's own."""
+    """The value that `generate` uses: an argument, else that of the given configuration, else of the model's."""
     given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in given if isinstance(value, int)), 1)

@@ -1,4 +1,4 @@
-"""Makes sure that only whole tensors are saved."""
+"""Gathers sharded tensors before they are saved, and checks that all of them are complete."""
 
 from __future__ import annotations
 
@@ -8,75 +8,81 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 _ADVICE = (
-    "Save from a gathered state dict: `state_dict = accelerator.get_state_dict(model)` on every process, then "
-    "`save_pretrained(..., state_dict=state_dict)` on the first. Trainers do so in `save_model`; they need "
-    "`zero3_save_16bit_model: true` under DeepSpeed ZeRO-3, and `fsdp_state_dict_type: FULL_STATE_DICT` under FSDP."
+    "Save a gathered state dict: `state_dict = accelerator.get_state_dict(model)` on every process, then "
+    "`save_pretrained(..., state_dict=state_dict)` on the main process. Trainers do this in `save_model`; set "
+    "`zero3_save_16bit_model: true` for DeepSpeed ZeRO-3, and `fsdp_state_dict_type: FULL_STATE_DICT` for FSDP."
 )
 
 
 def gather_tensors(
     adapter_name: str, tensors: dict[str, torch.Tensor], is_matrix: Callable[[str], bool] = lambda key: False
 ) -> dict[str, torch.Tensor]:
-    """Gathers what is sharded, and refuses what cannot be gathered.
+    """Gathers the sharded tensors of an adapter.
 
-    A `DTensor` (FSDP2) is gathered, which takes all processes: each has to save, with `is_main_process` telling which
-    one writes. What ZeRO-3 leaves behind of a parameter (no elements), what FSDP version 1 makes of it (a flat piece,
-    a `ShardedTensor`) and a state dict without the adapter are refused.
+    Only a `DTensor` (FSDP2) can be gathered. This is a collective operation: `save_pretrained` must be called on all
+    processes, with `is_main_process`. Parameters partitioned by ZeRO-3 (which have no elements) or sharded by FSDP1
+    (flat tensors or `ShardedTensor`s) raise an error.
 
     Args:
-        adapter_name (`str`): The adapter that is about to be saved.
+        adapter_name (`str`): The adapter to be saved.
         tensors (`dict[str, torch.Tensor]`): All of its tensors.
-        is_matrix (`Callable`): Whether the tensor of a key has two dimensions.
+        is_matrix (`Callable`): Whether the tensor with a key has two dimensions.
 
     Raises:
-        ValueError: A tensor is not whole, or there is none. The message names them.
+        ValueError: There are no tensors, or some are sharded and cannot be gathered. The message lists them.
     """
-    # On processes other than the first, a gathered state dict is empty, and nothing is written.
+    # On processes other than the main one, a gathered state dict is empty and nothing is written.
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not tensors and not (group and torch.distributed.get_rank() > 0):
-        raise ValueError(f"The state dict to save holds no tensor of adapter {adapter_name!r}. " + _ADVICE)
-    whole = {key: _gathered(tensor) for key, tensor in tensors.items()}
-    problems = [f"{key} {problem}" for key, tensor in whole.items() if (problem := _problem(tensor, is_matrix(key)))]
+        raise ValueError(f"The state dict to save has no tensors of adapter {adapter_name!r}. " + _ADVICE)
+    gathered = {
+        key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for key, tensor in tensors.items()
+    }
+    problems = [
+        f"{key} {problem}" for key, tensor in gathered.items() if (problem := _problem(tensor, is_matrix(key)))
+    ]
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError(
-            f"Tensors of adapter {adapter_name!r} are not whole, so it was not saved:\n- "
+            f"Adapter {adapter_name!r} was not saved, because some of its tensors are sharded:\n- "
             + "\n- ".join(shown)
             + f"\n{_ADVICE}"
         )
-    return whole
+    return gathered
 
 
-def check_leaves(adapter_name: str, tensors: Iterable[str], place: str, leaves: Collection[str]) -> None:
-    """Makes sure that an adapter's own tensors are what is saved, and nothing that they are computed from.
+def check_tensor_names(adapter_name: str, keys: Iterable[str], container: str, names: Collection[str]) -> None:
+    """Checks that the tensors to save are those of the adapter, and not the ones from which pruning or a
+    parametrization computes them.
 
     Args:
-        adapter_name (`str`): The adapter that is about to be saved.
-        tensors (`Iterable[str]`): Keys of all of its tensors.
-        place (`str`): What stands in a key before the name of a tensor of the adapter.
-        leaves (`Collection[str]`): Names of these tensors.
+        adapter_name (`str`): The adapter to be saved.
+        keys (`Iterable[str]`): Keys of all of its tensors.
+        container (`str`): The part of a key before the name of a tensor of the adapter.
+        names (`Collection[str]`): Names of these tensors.
 
     Raises:
-        ValueError: There are others in their places, as pruning and parametrizations put there.
+        ValueError: There are tensors with other names.
     """
-    strays = [key for key in tensors if place in key and key.partition(place)[2] not in leaves]
-    if strays:
+    unexpected = [key for key in keys if container in key and key.partition(container)[2] not in names]
+    if unexpected:
         raise ValueError(
-            f"Adapter {adapter_name!r} was not saved, since its weights are computed from others (pruning or a "
-            f"parametrization), which an adapter folder has no place for: {', '.join(strays[:4])}. Make them "
-            "permanent first, with `torch.nn.utils.prune.remove` or "
+            f"Adapter {adapter_name!r} was not saved, because its weights are computed by pruning or a "
+            f"parametrization from {', '.join(unexpected[:4])}, which an adapter folder cannot store. Make the "
+            "weights permanent first, with `torch.nn.utils.prune.remove` or "
             "`torch.nn.utils.parametrize.remove_parametrizations`."
         )
 
 
 def gather_auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """The same, in place, for what is saved beside an adapter: `modules_to_save` and trained tokens.
+    """Gathers the tensors that are saved with an adapter, in place: `modules_to_save` and `trainable_token_indices`.
 
-    PEFT takes these out of `state_dict` after it has asked the tuner for its tensors, and has no hook there. The
-    dictionary is a filtered copy of PEFT's own, which is why writing to it changes nothing else. Embeddings that PEFT
-    adds after resizing the vocabulary are not covered: safetensors refuses them while they are sharded.
+    PEFT reads these from `state_dict`, a filtered copy of the model's, after it has called the tuner for its own
+    tensors. Embeddings that PEFT saves after the vocabulary was resized are not gathered: safetensors raises an error
+    if they are sharded.
 
     Raises:
         ValueError: As [`gather_tensors`].
@@ -87,7 +93,7 @@ def gather_auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: di
 
 
 def auxiliary_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """Keys of `model.state_dict()` under which `modules_to_save` and trained tokens of an adapter are."""
+    """Keys in `model.state_dict()` of an adapter's `modules_to_save` and `trainable_token_indices`."""
     return [
         f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"
         for name, module in model.named_modules()
@@ -96,17 +102,13 @@ def auxiliary_keys(model: nn.Module, adapter_name: str) -> list[str]:
     ]
 
 
-def _gathered(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _problem(tensor: Any, is_matrix: bool) -> str | None:
     if not isinstance(tensor, torch.Tensor):
-        return None  # bitsandbytes saves strings too
+        return None  # bitsandbytes also saves strings
     if hasattr(tensor, "local_shards"):
         return "is a ShardedTensor"
     if tensor.numel() == 0:
-        return f"has shape {tuple(tensor.shape)}, which holds nothing"
+        return f"has shape {tuple(tensor.shape)}, without elements"
     if is_matrix and tensor.dim() < 2:
-        return f"has shape {tuple(tensor.shape)}, a matrix is expected"
+        return f"has shape {tuple(tensor.shape)}, expected a matrix"
     return None

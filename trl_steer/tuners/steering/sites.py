@@ -1,6 +1,6 @@
-"""Where in a transformer block an adapter can sit, and how a hidden state is read from what a module takes or returns.
+"""The sites of a transformer block, and access to the hidden state in the inputs and outputs of its modules.
 
-This is the only place that knows the names of a block's parts. Structure tells the rest.
+Names of a block's modules are used in this module only. Everything else is found by structure.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# Parts of the names of a block's children that hold its attention and its MLP.
+# Parts of the names of a block's attention and MLP.
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe")
-# Names of a block's attention and MLP themselves, whatever else has parts of them in its name (DeepSeek V4's `attn_hc`
-# and `ffn_hc` mix streams).
-_WHOLE_NAMES = (
+# Full names of a block's attention and MLP, which take precedence over other children with such parts in their names
+# (DeepSeek V4's `attn_hc` and `ffn_hc`).
+_EXACT_NAMES = (
     *("self_attn", "self_attention", "attn", "attention", "linear_attn"),
     *("mlp", "ffn", "feed_forward", "feedforward"),
 )
-# What modules call the residual stream that they add by themselves: both of Bloom's, MPT's MLP, BERT's attention.
+# Names of the argument with which a sublayer takes the residual stream, to add it itself (Bloom, MPT's MLP, BERT's
+# attention).
 _RESIDUAL = frozenset({"residual", "input_tensor"})
-# A norm of such a name sits between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, GLM 4). Blocks that have
-# one have another behind the attention: the first of the second line that there is. In other blocks
-# `post_attention_layernorm` is the norm in front of the MLP.
+# Norms between the MLP and the residual addition (Gemma 2 and 3, OLMo 2, GLM 4). Blocks with such a norm also have one
+# between the attention and the residual addition. In other blocks, `post_attention_layernorm` is the norm before the
+# MLP.
 _NORMS_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
-# Inkling's and Inkling 2's convolutions between a sublayer and the residual addition.
+# Convolutions between a sublayer and the residual addition (Inkling, Inkling 2).
 _CONVOLUTIONS_AFTER_MLP = ("mlp_sconv", "post_mlp_convolution")
 _CONVOLUTIONS_AFTER_ATTENTION = ("attn_sconv", "post_attention_convolution")
 
 
 class Site(NamedTuple):
     """
-    One place in one block.
+    A place in a block where a hidden state is steered.
 
     Attributes:
         name (`str`): One of [`SITES`].
         module (`str`): Name of the module inside the block, `""` for the block itself.
-        is_input (`bool`): Whether the hidden state is what the module takes, and not what it returns.
+        is_input (`bool`): Whether the hidden state is the module's input, rather than its output.
         width (`int`): Size of the hidden state's last dimension.
     """
 
@@ -55,71 +56,71 @@ class Site(NamedTuple):
 
 class BlockAnatomy:
     """
-    The parts of one transformer block.
+    The parts of a transformer block.
 
     Args:
-        block (`nn.Module`): The block, with or without adapters in it.
+        block (`nn.Module`): The block, with or without adapters.
         config: The configuration of the text decoder, with `hidden_size`.
 
     Attributes:
         attention (`str`, *optional*): Name of the attention in the block.
-        mlp (`str`, *optional*): Name of the MLP, `None` where its layers are children of the block itself (OPT).
+        mlp (`str`, *optional*): Name of the MLP, `None` if its layers are children of the block itself (OPT).
         stream (`int`, *optional*):
-            Index of the residual stream in the first dimension of the block's output, for blocks that carry several
-            (Gemma 3n). `None` where the output is the residual stream.
+            Index of the residual stream in the first dimension of the block's output, for blocks with several streams
+            (Gemma 3n). `None` if the output is the residual stream.
     """
 
     def __init__(self, block: nn.Module, config: Any):
         self.block, self.config = block, config
         self.hidden_size: int = config.hidden_size
         self.stream: int | None = getattr(config, "altup_active_idx", None)
-        self.attention = self._child(_ATTENTION)
-        self.mlp = self._child(_MLP, other_than=self.attention)
+        self.attention = self._find_child(_ATTENTION)
+        self.mlp = self._find_child(_MLP, other_than=self.attention)
 
     def linear_layers(self) -> dict[str, Any]:
-        """Linear layers of the base model by name, in order, whether or not an adapter is wrapped around them."""
+        """The linear layers of the base model in this block by name, with or without adapters, in order."""
         return linear_layers(self.block)
 
-    def residual_writers(self) -> list[str]:
+    def residual_linear_layers(self) -> list[str]:
         """Names of the linear layers whose output has the width of the residual stream."""
         return [name for name, linear in self.linear_layers().items() if out_features(linear) == self.hidden_size]
 
     def attention_output(self) -> str | None:
-        """Name of the attention's output projection, not of one that attends to an encoder beside it."""
-        inside = [name for name in self.residual_writers() if self.is_in_attention(name)]
+        """Name of the output projection of the self-attention (not of a cross-attention)."""
+        inside = [name for name in self.residual_linear_layers() if self.is_in_attention(name)]
         own = [name for name in inside if name.startswith(f"{self.attention}.")]
         return next(reversed(own or inside), None)
 
     def mlp_output(self) -> str | None:
-        """Name of the MLP's last linear layer; where no module is called an MLP, of the last outside the attention."""
-        outside = [name for name in self.residual_writers() if not self.is_in_attention(name)]
+        """Name of the MLP's last linear layer, or of the last one outside the attention if no module is an MLP."""
+        outside = [name for name in self.residual_linear_layers() if not self.is_in_attention(name)]
         inside = [name for name in outside if _is_inside(name, _MLP)]
         return next(reversed(inside or outside), None)
 
     def norm_after(self, name: str) -> str | None:
-        """Name of the norm between the module `name` and the residual addition."""
-        after_mlp = self._first_of(_NORMS_AFTER_MLP)
+        """Name of the norm between the module `name` and the residual addition, if there is one."""
+        after_mlp = self._first_existing(_NORMS_AFTER_MLP)
         if after_mlp is None:
             return None
-        return self._first_of(_NORMS_AFTER_ATTENTION) if self.is_in_attention(name) else after_mlp
+        return self._first_existing(_NORMS_AFTER_ATTENTION) if self.is_in_attention(name) else after_mlp
 
     def is_in_attention(self, name: str) -> bool:
-        """Whether the module `name` of the block is its attention, or inside it."""
+        """Whether the module `name` of the block is its attention or inside it."""
         return _is_inside(name, _ATTENTION)
 
     def site(self, name: str) -> Site:
         """The site `name` of this block.
 
         Raises:
-            ValueError: There is no such site in this block.
+            ValueError: There is no such site, or this block does not have it.
         """
         if name not in _FINDERS:
-            raise ValueError(f"There is no site {name!r}; the sites are {list(SITES)}.")
+            raise ValueError(f"There is no site {name!r}; use one of {list(SITES)}.")
         site = _FINDERS[name](self)
         if site is None:
             raise ValueError(
-                f"{type(self.block).__name__} has no site {name!r}: no part of it could be told to be that. Its "
-                f"children are {[child for child, _ in self.block.named_children()]}."
+                f"Could not find the site {name!r} in {type(self.block).__name__}, whose children are "
+                f"{[child for child, _ in self.block.named_children()]}. Use another site."
             )
         return site
 
@@ -143,11 +144,11 @@ class BlockAnatomy:
         return self._output("post_attn", module)
 
     def _output(self, site: str, module: str | None) -> Site | None:
-        """The last module between a sublayer and the residual addition."""
+        """A site at the output of the last module between a sublayer and the residual addition."""
         if module is None:
             return None
         in_attention = self.is_in_attention(module)
-        convolution = self._first_of(_CONVOLUTIONS_AFTER_ATTENTION if in_attention else _CONVOLUTIONS_AFTER_MLP)
+        convolution = self._first_existing(_CONVOLUTIONS_AFTER_ATTENTION if in_attention else _CONVOLUTIONS_AFTER_MLP)
         return Site(site, convolution or self.norm_after(module) or module, False, self.hidden_size)
 
     def _heads(self) -> Site | None:
@@ -155,13 +156,13 @@ class BlockAnatomy:
         return None if module is None else Site("heads", module, True, in_features(self.linear_layers()[module]))
 
     def _outside_attention(self, index: int) -> str | None:
-        """The first or the last of the linear layers that are children of the block itself."""
+        """The first or last of the block's own linear layers outside the attention."""
         names = [name for name in self.linear_layers() if "." not in name and not self.is_in_attention(name)]
-        return names[index] if len(names) > 1 else None  # a single one is no MLP (Zamba's projection of another block)
+        return names[index] if len(names) > 1 else None  # a single one is not an MLP (Zamba projects another block)
 
-    def _child(self, parts: tuple[str, ...], other_than: str | None = None) -> str | None:
-        """The child called so that has a matrix; norms and dropouts bear such names too. `None` where there are
-        several, of which none is the whole: a list of them, or experts beside an MLP that all tokens go through."""
+    def _find_child(self, parts: tuple[str, ...], other_than: str | None = None) -> str | None:
+        """The child with such a name and with a matrix, which excludes norms and dropouts. `None` if several children
+        share the role: those in a module list, or experts next to an MLP for all tokens."""
         children = {
             name: child
             for name, child in self.block.named_children()
@@ -171,20 +172,20 @@ class BlockAnatomy:
         }
         if any(isinstance(child, nn.ModuleList) for child in children.values()):
             return None
-        whole = next((name for name in children if name in _WHOLE_NAMES), None)
-        if whole is not None or len(children) != 1:
-            return whole
+        exact = next((name for name in children if name in _EXACT_NAMES), None)
+        if exact is not None or len(children) != 1:
+            return exact
         ((name, child),) = children.items()
-        # DBRX has its attention inside of what also normalizes and adds.
-        inner = next((inner for inner, _ in child.named_children() if inner in _WHOLE_NAMES), None)
+        # DBRX's attention is inside a module that also normalizes and adds the residual.
+        inner = next((inner for inner, _ in child.named_children() if inner in _EXACT_NAMES), None)
         return name if inner is None else f"{name}.{inner}"
 
     def _adds_residual(self, name: str) -> bool:
-        """Whether a module, or one inside it, takes the residual stream too, so that it returns a sum."""
+        """Whether a module, or one inside it, takes the residual stream and adds it."""
         modules = self.block.get_submodule(name).modules()
         return any(_RESIDUAL & set(inspect.signature(type(part).forward).parameters) for part in modules)
 
-    def _first_of(self, names: tuple[str, ...]) -> str | None:
+    def _first_existing(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if hasattr(self.block, name)), None)
 
 
@@ -199,8 +200,7 @@ SITES = tuple(_FINDERS)
 
 
 def linear_layers(module: nn.Module) -> dict[str, Any]:
-    """The linear layers of the base model in a module by name, in order, whether or not an adapter is wrapped around
-    them."""
+    """The linear layers of the base model in a module by name, with or without adapters, in order."""
     found: dict[str, Any] = {}
     inside: list[str] = []
     for name, child in module.named_modules():
@@ -226,15 +226,15 @@ def in_features(linear: Any) -> int:
 
 
 def get_hidden(value: Any, module: nn.Module | None = None) -> torch.Tensor:
-    """The hidden state in what a module takes or returns: a tensor itself, the first entry of a tuple or list, or the
-    entry `hidden_states`, `last_hidden_state` or else the first of a ModelOutput or dictionary.
+    """The hidden state in the input or output of a module: the tensor itself, the first entry of a tuple or list, or
+    the entry `hidden_states`, `last_hidden_state` or else the first one of a ModelOutput or dictionary.
 
     Args:
-        value: What the module takes or returns.
-        module (`nn.Module`, *optional*): The module, for the error.
+        value: Input or output of the module.
+        module (`nn.Module`, *optional*): The module, for the error message.
 
     Raises:
-        TypeError: `value` is nothing of these, or holds no tensor there.
+        TypeError: `value` has another type, or this entry is not a tensor.
     """
     hidden = value
     if isinstance(value, (tuple, list)) and value:
@@ -243,20 +243,20 @@ def get_hidden(value: Any, module: nn.Module | None = None) -> torch.Tensor:
         hidden = value[_hidden_key(value)]
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(
-            f"{'The module' if module is None else type(module).__name__} returned {type(value).__name__}; the "
-            "hidden state to steer must be a tensor, or the first entry of a tuple or list, or in a ModelOutput or "
-            "dictionary."
+            f"{'A module' if module is None else type(module).__name__} takes or returns {type(value).__name__}, "
+            "where a hidden state was expected: a tensor, or a tuple, list, ModelOutput or dictionary with one. Use "
+            "another site, or exclude the block."
         )
     return hidden
 
 
 def replace_hidden(value: Any, hidden: torch.Tensor) -> Any:
-    """A copy of `value` with another hidden state, of the same type, all other entries the same objects."""
+    """A copy of `value`, of the same type, with another hidden state. All other entries are the same objects."""
     if isinstance(value, torch.Tensor):
         return hidden
     if isinstance(value, tuple):
         entries = (hidden, *value[1:])
-        return type(value)(*entries) if hasattr(value, "_fields") else entries  # namedtuples stay what they are
+        return type(value)(*entries) if hasattr(value, "_fields") else entries  # a namedtuple keeps its type
     if isinstance(value, list):
         return [hidden, *value[1:]]
     replaced = copy.copy(value)

@@ -12,29 +12,33 @@ from .layer import SteeringLayer
 
 
 def check_summable(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    """Makes sure that adapters of a tuner have an exact sum.
+    """Checks that adapters of a tuner have an exact sum.
 
     Raises:
-        ValueError: They have not, one does not exist, or the new one does.
+        ValueError: They do not, or an adapter does not exist, or the new one already does.
     """
     if adapter_name in tuner.peft_config:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"Give a weight for each adapter: got {len(adapters)} adapters, {len(weights)} weights.")
+        raise ValueError(
+            f"Expected one weight for each adapter, got {len(adapters)} adapters, {len(weights)} weights."
+        )
     if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
-        raise ValueError(f"The weights of a sum must be finite numbers, got {weights}.")
+        raise ValueError(f"`weights` must be finite numbers, got {weights}.")
     for name in adapters:
         if name not in tuner.peft_config:
             raise ValueError(f"Adapter {name} does not exist")
     layers = [layer for _, layer in tuner.named_steering_layers()]
     if any(layer.adapters[name].is_offloaded() for layer in layers for name in adapters if name in layer.adapters):
-        raise ValueError(f"Adapters whose weights are offloaded cannot be summed: {adapters}.")
+        raise ValueError(
+            f"Adapters {adapters} cannot be summed, because weights are offloaded. Load the model without offloading."
+        )
     configs = {name: tuner.steering_config(tuner.peft_config[name]) for name in adapters}
     for config in configs.values():
         for field in ("site", *tuner.steering_layer_cls.adapter_class(config).structural_fields):
             values = {name: getattr(other, field, None) for name, other in configs.items()}
             if len(set(values.values())) > 1:
-                raise ValueError(f"Adapters of different {field} have no exact sum: {values}.")
+                raise ValueError(f"Adapters with different {field} have no exact sum: {values}.")
     if any(tuner.peft_config[n].modules_to_save or tuner.peft_config[n].trainable_token_indices for n in adapters):
         raise ValueError(
             "add_weighted_adapter is not supported for adapters with `modules_to_save` or `trainable_token_indices`."
@@ -42,7 +46,7 @@ def check_summable(tuner: Any, adapters: list[str], weights: list[float], adapte
 
 
 def summed_config(tuner: Any, adapters: list[str]) -> Any:
-    """The steering part of the configuration of a sum of adapters."""
+    """The steering part of the configuration of the sum of adapters."""
     configs = [tuner.steering_config(tuner.peft_config[name]) for name in adapters]
     config = copy.deepcopy(configs[0])
     config.scaling = 1.0
@@ -55,7 +59,7 @@ def summed_config(tuner: Any, adapters: list[str]) -> Any:
 
 @torch.no_grad()
 def write_sums(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    """Writes the weighted sum of adapters into one that is in place in all blocks of any of them."""
+    """Sets an adapter, already injected into all blocks of the others, to the weighted sum of the others."""
     for layer in _summands(tuner, adapters).values():
         parts = [
             (weight * layer.adapters[name].scaling, layer.adapters[name])
@@ -67,7 +71,7 @@ def write_sums(tuner: Any, adapters: list[str], weights: list[float], adapter_na
 
 
 def _summands(tuner: Any, adapters: list[str]) -> dict[str, SteeringLayer]:
-    """Name of each block that one of the adapters steers, and its layer."""
+    """The name and the steering layer of each block with one of the adapters."""
     return {
         name.rpartition(".")[0]: layer
         for name, layer in tuner.named_steering_layers()

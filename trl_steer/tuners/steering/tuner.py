@@ -1,4 +1,4 @@
-"""What a tuner does to steer blocks: puts layers into them, checks what is loaded, and takes the layers out again."""
+"""The part of a tuner that steers blocks: injects, checks, merges and removes the steering layers."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .loading import (
 )
 from .matching import BlockMatcher, check_hidden_size, text_config
 from .merging import merge as merge_steering
-from .merging import merge_others
+from .merging import merge_other_layers
 from .rows import adapters_by_row
-from .saving import check_leaves, gather_auxiliary_tensors, gather_tensors
+from .saving import check_tensor_names, gather_auxiliary_tensors, gather_tensors
 
 
 class SteeringTuner(BaseTuner):
     """
-    What steers blocks, to stand in front of the tuner that handles everything else in the list of base classes. All
-    methods call the next class for what is not theirs.
+    Mixin that steers blocks. In the list of base classes, it comes before the tuner that handles all other targets,
+    which it calls by `super()`.
 
     Attributes:
-        steering_layer_cls (`type[SteeringLayer]`): The layer of this tuner.
-        load ([`Load`], *optional*): The load that is in progress, during an injection.
+        steering_layer_cls (`type[SteeringLayer]`): The layer class of this tuner.
+        load ([`Load`], *optional*): During an injection, the load that it is part of.
     """
 
     steering_layer_cls: type[SteeringLayer]
@@ -50,26 +50,25 @@ class SteeringTuner(BaseTuner):
 
     @cached_property
     def loaded_weights(self) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-        """Weights of an adapter by layer, held while a model with offloaded weights is dispatched again."""
+        """Weights of an adapter by steering layer, kept while PEFT dispatches a model with offloaded weights again."""
         return {}
 
-    # The steering part of a configuration, which is all of it unless a tuner overrides these
+    # The steering part of a configuration. Here, this is the configuration itself
 
     @classmethod
     def steering_config(cls, config: Any) -> SteeringConfig:
-        """The part of an adapter's configuration that is about steering."""
+        """The steering part of an adapter's configuration."""
         return config
 
     @classmethod
     def update_steering_config(cls, config: Any, **fields: Any) -> None:
-        """Sets fields of that part."""
+        """Sets fields of the steering part of an adapter's configuration."""
         for name, value in fields.items():
             setattr(config, name, value)
 
     @classmethod
     def structure(cls, config: Any) -> dict[str, Any]:
-        """Fields that decide what the modules of an adapter compute, apart from their weights. Where they agree, one
-        adapter can replace another in place."""
+        """The fields that must be equal for one adapter to replace another in place."""
         steering = cls.steering_config(config)
         adapter_class = cls.steering_layer_cls.adapter_class(steering)
         fields = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
@@ -80,7 +79,7 @@ class SteeringTuner(BaseTuner):
     # Injection
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config  # `target_modules=None` stays, and means all blocks of whatever model this is loaded on
+        return peft_config  # `target_modules=None` is kept, and selects all blocks of the model it is loaded on
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -92,12 +91,12 @@ class SteeringTuner(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         steered = self._matcher(peft_config)(key)
-        if steered is None or steered is False:  # PEFT's own marker for what is excluded is falsy too
+        if steered is None or steered is False:  # but not PEFT's `_ExcludedModule`, which is falsy too
             return super()._check_target_module_exists(peft_config, key)
         return steered
 
     def _matcher(self, peft_config: Any) -> BlockMatcher:
-        """The blocks that a configuration means. Kept for the injection, which asks for each module of the model."""
+        """The blocks selected by a configuration. Cached, since an injection looks up every module of the model."""
         if id(peft_config) not in self._matchers:
             self._matchers[id(peft_config)] = BlockMatcher(self.model, self.steering_config(peft_config))
         return self._matchers[id(peft_config)]
@@ -114,23 +113,22 @@ class SteeringTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """As in [`~peft.tuners.tuners_utils.BaseTuner`]. Whatever fails, the model stays as it was; an adapter that is
-        being loaded is checked before it stays there.
+        """As in [`~peft.tuners.tuners_utils.BaseTuner`], but checks the weights if the adapter is being loaded, and
+        restores the model if anything fails.
 
         Raises:
-            ValueError: The adapter cannot have this name, its blocks or sites do not exist, or its folder does not
-                fit.
+            ValueError: The name is invalid, blocks or sites do not exist, or the weights do not match the model.
         """
-        _check_name(adapter_name)
+        _check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
-            # TRL's reference adapter comes with the very configuration of the policy; each has its own strength.
+            # TRL uses the policy's configuration object for its reference adapter, but each has its own scaling.
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         if state_dict is not None:
-            # PEFT cuts a key before the prefix and takes what is left for the name of the target.
+            # PEFT takes the part of a key before the prefix as the name of the target.
             marker = f".{self.steering_layer_cls.layer_name}.{self.prefix}"
             state_dict = {k.removeprefix(PREFIX).replace(marker, f".{self.prefix}"): t for k, t in state_dict.items()}
-        with restored_on_failure(self, adapter_name, self._rewritten_weights(config)):
+        with restored_on_failure(self, adapter_name, self._modified_base_weights(config)):
             self.load = Load.in_progress()
             if self.load is not None:
                 check_base_model_type(config, model, self.steering_config(config).base_model_type)
@@ -140,15 +138,15 @@ class SteeringTuner(BaseTuner):
             self.load = None
         self.update_steering_config(config, base_model_type=getattr(text_config(model), "model_type", None))
 
-    def _rewritten_weights(self, config: Any) -> list[torch.Tensor]:
-        """Weights of the base model that the injection of an adapter changes."""
+    def _modified_base_weights(self, config: Any) -> list[torch.Tensor]:
+        """Weights of the base model that the injection of an adapter changes in place."""
         return []
 
     def _check_header(self, config: Any, load: Load) -> None:
-        """Makes sure that the file has just the steering tensors that the configuration would create, before memory
-        is taken for them."""
+        """Checks that the file has exactly the steering tensors of the configuration, before memory is allocated for
+        them."""
         if any(name.startswith("_orig_mod.") for name, _ in self.model.named_modules()):
-            return  # PEFT keeps the names of compiled models apart; what is created is checked afterwards
+            return  # the keys of a compiled model differ from those of the file; `check_tensors` handles that
         steering, layer_cls = self.steering_config(config), self.steering_layer_cls
         container = f"{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}"
         expected = {}
@@ -162,7 +160,7 @@ class SteeringTuner(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        # Also where the targets come from the keys of a file instead of from the configuration.
+        # `is_block`, because with `state_dict` PEFT injects into the modules in its keys, not those selected here.
         if self._matcher(peft_config).is_block(current_key):
             self.steer_block(target, adapter_name, self.steering_config(peft_config))
             return
@@ -172,7 +170,7 @@ class SteeringTuner(BaseTuner):
         )
 
     def steer_block(self, block: nn.Module, adapter_name: str, config: SteeringConfig) -> None:
-        """Adds an adapter to a block."""
+        """Adds an adapter to a block, and a steering layer if the block does not have one."""
         layer = getattr(block, self.steering_layer_cls.layer_name, None)
         if layer is None:
             layer = self._new_layer(block)
@@ -187,7 +185,7 @@ class SteeringTuner(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        # The only method of a tuner that PEFT calls after it has dispatched a model over devices.
+        # This is the only method that PEFT calls after it has dispatched the model to devices.
         loaded = self.loaded_weights.pop(adapter_name, {})
         for name, layer in self.named_steering_layers():
             layer.move_to_execution_device(adapter_name, loaded.get(f"{PREFIX}{name}"))
@@ -198,14 +196,14 @@ class SteeringTuner(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
-        place = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}.{adapter_name}."
-        check_leaves(adapter_name, tensors, place, layer_cls.adapter_class(steering).shapes(steering, 1))
+        container = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}.{adapter_name}."
+        check_tensor_names(adapter_name, tensors, container, layer_cls.adapter_class(steering).shapes(steering, 1))
         gather_auxiliary_tensors(model, adapter_name, state_dict)
         return gather_tensors(adapter_name, tensors, lambda key: cls._is_matrix(config, key))
 
     @classmethod
     def _is_matrix(cls, config: Any, key: str) -> bool:
-        """Whether the tensor with this key of an adapter has two dimensions."""
+        """Whether the tensor of an adapter with this key has two dimensions."""
         steering = cls.steering_config(config)
         shapes = cls.steering_layer_cls.adapter_class(steering).shapes(steering, 1)
         shape = shapes.get(key.rpartition(".")[2], ())
@@ -221,28 +219,28 @@ class SteeringTuner(BaseTuner):
 
     @classmethod
     def check_tensors(cls, model: Any, config: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Makes sure that the tensors of a file fit an adapter that is in place.
+        """Checks the tensors of a file against an injected adapter.
 
         Raises:
-            ValueError: They do not; each that does not is named.
+            ValueError: They do not match. The message lists them.
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         cls._remap_adapter_state_dict_for_load(base, config, adapter_name, model_keys(base, adapter_name, tensors))
 
-    # Strength
+    # Scaling
 
     def set_scaling(self, adapter_name: str, value: float) -> None:
-        """Sets the strength of an adapter, see [`trl_steer.set_scaling`]."""
+        """Sets the scaling of an adapter, see [`trl_steer.set_scaling`]."""
         set_scaling(self, adapter_name, value)
 
     def adapter_scaling(self, adapter_name: str, value: float) -> AbstractContextManager[None]:
-        """Sets the strength of an adapter for a `with` block, see [`trl_steer.adapter_scaling`]."""
+        """Context manager that sets the scaling of an adapter, see [`trl_steer.adapter_scaling`]."""
         return adapter_scaling(self, adapter_name, value)
 
     # Several adapters
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        """As [`~peft.PeftModel`]'s: `adapter_names` gives each row of the batch its adapter."""
+        """As in [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
         if adapter_names is None:
             return super().forward(*args, **kwargs)
         with self._enable_peft_forward_hooks(adapter_names=adapter_names):
@@ -269,7 +267,7 @@ class SteeringTuner(BaseTuner):
         active = self.active_adapters
         super().delete_adapter(adapter_name)
         if adapter_name in active:
-            # Layers choose a new active adapter among their own, which differ where adapters sit on different blocks.
+            # Each layer activates one of its own adapters, which differ between blocks with different adapters.
             remaining = [name for name in active if name != adapter_name] or sorted(self.peft_config)[:1]
             if remaining:
                 self.set_adapter(remaining)
@@ -278,24 +276,24 @@ class SteeringTuner(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
-        Merges adapters into linear layers of the base model, where that is exact; see `merging.py`. Keeps a copy of
-        each tensor that it changes, so that unmerging gives back the same bits.
+        Merges adapters into linear layers of the base model, if this is exact. Keeps a copy of each tensor that it
+        changes, so that unmerging restores it bit for bit.
 
         Raises:
-            ValueError: That is not possible. The message says why and what to do instead; nothing has changed. After
-                an error from another layer, no adapter is merged.
+            ValueError: The adapters cannot be merged exactly. The model is left unchanged. If merging another kind of
+                layer fails, all adapters are unmerged.
         """
         self._check_merge_allowed()
         merge_steering(self, adapter_names, safe_merge)
         try:
-            merge_others(self, adapter_names, safe_merge)
+            merge_other_layers(self, adapter_names, safe_merge)
         except BaseException:
             self.unmerge_adapter()
             raise
 
     def unmerge_adapter(self) -> None:
         merged = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer) and module.merged]
-        # Last what was merged first.
+        # In the reverse order of merging.
         for layer in sorted(merged, key=lambda layer: isinstance(layer, SteeringLayer)):
             with onload_layer(layer):
                 layer.unmerge()
@@ -308,12 +306,12 @@ class SteeringTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self.merge_adapter(adapter_names, safe_merge)  # all of it, before the first layer is taken out
+            self.merge_adapter(adapter_names, safe_merge)  # can fail, so before the first layer is removed
         else:
             self.unmerge_adapter()
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
-                    module.set_adapter([])  # PEFT would put the trained copy in the place of the original
+                    module.set_adapter([])  # PEFT would replace the original by the trained copy
         for _, layer in self.named_steering_layers():
             layer.remove()
         with warnings.catch_warnings():
@@ -322,17 +320,17 @@ class SteeringTuner(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):
-            setattr(parent, child_name, new_module)  # no weights need to be moved
+            setattr(parent, child_name, new_module)  # PEFT's method expects an adapter layer
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def named_steering_layers(self) -> list[tuple[str, SteeringLayer]]:
-        """The steering layers of this tuner by name, first to last."""
+        """The steering layers of this tuner and their names, in order."""
         layer_cls = self.steering_layer_cls
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, layer_cls)]
 
 
-def _check_name(adapter_name: str) -> None:
+def _check_adapter_name(adapter_name: str) -> None:
     if (
         not adapter_name
         or any(character in adapter_name for character in "./\\\0")
@@ -340,7 +338,7 @@ def _check_name(adapter_name: str) -> None:
         or hasattr(nn.ModuleDict(), adapter_name)
     ):
         raise ValueError(
-            f"{adapter_name!r} cannot be the name of an adapter. It becomes the name of a module and of a folder, so "
-            "it may not be empty, have a dot or a path separator or be that of an attribute; and __base__ means the "
-            "base model in `adapter_names`."
+            f"{adapter_name!r} cannot be used as an adapter name. An adapter name is also the name of a module and of "
+            "a folder: it must not be empty, contain a dot or a path separator, be an attribute of `nn.ModuleDict`, "
+            "or be '__base__'. Choose another name."
         )

@@ -1,4 +1,4 @@
-"""Sublayer steering: the update of post-block steering inside of the blocks, to compare sites."""
+"""Sublayer steering: the update of post-block steering at the sublayers of the blocks (arXiv 2603.00425)."""
 
 from trl_steer.registration import register_tuner
 

@@ -5,7 +5,8 @@ from ..steering.layer import SteeringLayer
 
 
 class SublayerSteeringLayer(SteeringLayer):
-    """The adapters at the sublayers of one block, `<block>.sublayer_steering`: those of post-block steering."""
+    """The adapters at the sublayers of one block, `<block>.sublayer_steering`, of the same classes as in
+    [`PostBlockSteeringLayer`]."""
 
     layer_name = "sublayer_steering"
     adapter_class = staticmethod(PostBlockSteeringLayer.adapter_class)

@@ -6,8 +6,8 @@ from .layer import SublayerSteeringLayer
 
 class SublayerSteeringModel(SteeringModel):
     """
-    Adds a small learned update inside every transformer block of a frozen model: to the input of the MLP, its output
-    or the attention's output. Linear updates merge into the linear layers there.
+    Adds a learned update at a sublayer of every transformer block of a frozen model: to the input or the output of the
+    MLP, or to the output of the attention. An update without an activation can be merged into the linear layers there.
 
     Reference: the ablation of sites in "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 4.
 
@@ -15,7 +15,7 @@ class SublayerSteeringModel(SteeringModel):
         model ([`~transformers.PreTrainedModel`]): The model to steer.
         config ([`SublayerSteeringConfig`]): The configuration.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
-        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty weights on the meta device, to be loaded into.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
 
     Example:
 

@@ -1,17 +1,17 @@
-"""The low-rank update as an operator on tensors, in two forms of equal standing.
+"""The low-rank update as an operator on tensors, in two implementations.
 
-Both compute `h + scaling * dropout(act(h @ down.T)) @ up.T`.
+Both compute `h' = h + scaling * a @ up.T` with `a = dropout(act(z))` and `z = h @ down.T`.
 
-- `"memory_efficient"` (the default) is an autograd function that keeps its **output** and the r-dimensional `z`, not
-  its input. The next layer keeps that output anyway, so autograd holds no second copy of the residual stream, also
-  under gradient checkpointing, where transformers checkpoints a block's `forward` and leaves its hooks outside. `h` is
-  never formed again: `dL/d down = dz^T h = dz^T h' - scaling * (dz^T a) up^T`. In 16-bit formats that subtraction is
-  as good as the plain form while the update is no larger than `h`, and worse beyond.
-- `"plain"` is ordinary PyTorch, and what `torch.compile` and `torch.export` trace in any case. Choose it for double
-  backward, for `torch.func` transforms, and where a later layer writes into the hidden state in place: the other form
-  raises PyTorch's error there.
+- `"memory_efficient"` (the default) is an autograd function that saves its **output** `h'` and the r-dimensional `z`,
+  not its input. The next block saves `h'` anyway, so that no second copy of the residual stream is kept. This also
+  holds under gradient checkpointing, since transformers checkpoints the `forward` of a block without its hooks. The
+  gradient is `dL/d down = dz^T h = dz^T h' - scaling * (dz^T a) up^T`. In 16-bit formats it is as accurate as the
+  plain implementation as long as the update is not larger than `h`, and less accurate otherwise.
+- `"plain"` is ordinary PyTorch. It is always used under `torch.compile` and `torch.export`. Use it for double
+  backward, for `torch.func` transforms, and for models that modify the hidden state in place, where the
+  memory-efficient implementation raises an error.
 
-[`steering_operator`] is the one switch.
+[`steering_operator`] selects the implementation.
 """
 
 from __future__ import annotations
@@ -26,27 +26,32 @@ from torch.autograd.function import once_differentiable
 from ..contexts import ContextStack, Entry
 
 OPERATORS = ("memory_efficient", "plain")
-# Up to so many numbers in `h`, a decoded token or two, calls cost more than arithmetic.
-_FEW = 2**12
+# Up to this number of elements in `h`, as in decoding, the overhead of calls exceeds the cost of the arithmetic.
+_FEW_ELEMENTS = 2**12
 
 
 class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
-    """Chooses how low-rank steering is computed: for the whole process from here on, or as a `with` block for the
-    thread or task that runs it. What was computed before keeps the operator that it was computed with.
+    """Selects how low-rank steering is computed: as a function for the process, as a context manager for the current
+    thread or asyncio task. The backward pass uses the operator of the forward pass.
 
-    With gradient checkpointing on a GPU, a block that is computed again in the backward pass runs in another thread,
-    which sees no `with` block. Choose the operator for the whole process then.
+    - `"memory_efficient"` (the default) saves the output of the update for the backward pass, not its input, so that
+      no second copy of the residual stream is kept.
+    - `"plain"` is ordinary PyTorch. Use it for double backward, for `torch.func` transforms, and for models that
+      modify the hidden state in place.
+
+    With gradient checkpointing on a GPU, the backward pass recomputes blocks in another thread, where a context
+    manager has no effect. Select the operator for the process then.
 
     Args:
-        name (`str`): `"memory_efficient"` or `"plain"`, see the module's documentation.
+        name (`str`): `"memory_efficient"` or `"plain"`.
 
     Raises:
-        ValueError: `name` is neither.
+        ValueError: `name` is neither of these.
 
     Example:
 
         ```py
-        >>> steering_operator("plain")  # from here on
+        >>> steering_operator("plain")
         >>> with steering_operator("memory_efficient"):
         ...     loss.backward()
         ```
@@ -54,8 +59,8 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
 
     _blocks: ContextStack[str] = ContextStack("steering_operator")
     _lock = threading.Lock()
-    # Calls outside of any `with` block, the last of which holds. A few before it are kept, because a call may turn out
-    # to be the beginning of a `with` block.
+    # Calls outside any `with` block, of which the last one counts. Earlier ones are kept, because a call is taken back
+    # when it turns out to be the start of a `with` block.
     _calls: list[steering_operator] = []
 
     def __init__(self, name: str):
@@ -64,7 +69,7 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
         self.name = name
         self._entries: list[Entry[str]] = []
         self._around = self._blocks.innermost()
-        if self._around is not None:  # until the block around this call ends
+        if self._around is not None:  # a call inside a `with` block applies until its end
             self._before, self._around.value = self._around.value, name
             return
         with self._lock:
@@ -81,15 +86,15 @@ class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
         return self
 
     def __exit__(self, *exc_info):
-        # The innermost of this thread or task: others may have entered the same object. A generator that another task
-        # closes has none there.
+        # The innermost entry of this thread or task, since others may have entered the same object. There is none if
+        # another task closes a generator.
         own = next((entry for entry in reversed(self._entries) if self._blocks.has(entry)), self._entries[-1])
         self._entries.remove(own)
         self._blocks.remove(own)
 
     @classmethod
     def current(cls) -> str:
-        """Name of the operator in force here."""
+        """Name of the current operator."""
         block, calls = next(iter(cls._blocks), None), cls._calls
         return block if block is not None else calls[-1].name if calls else OPERATORS[0]
 
@@ -103,28 +108,34 @@ def low_rank_update(
     dropout: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`residual + scaling * dropout(activation(h @ down.T)) @ up.T`, where `residual` is `h` unless given.
+    """`residual + scaling * dropout(activation(h @ down.T)) @ up.T`, where `residual` is `h` by default.
 
-    The update is computed in the wider of the dtypes of `h` and the factors, or in autocast's where that is on, and
-    added in the dtype of `h`. Autocast itself is off inside, so both forms round in the same places.
+    The update is computed in the promoted dtype of `h` and the factors, or in autocast's dtype if autocast is enabled,
+    and added in the dtype of `h`. Autocast is disabled inside, so that both implementations round in the same places.
 
     Args:
-        h (`torch.Tensor`): (..., d), floating point, contiguous or not. May hold no tokens at all.
+        h (`torch.Tensor`): (..., d), floating point, not necessarily contiguous. May have no elements.
         down (`torch.Tensor`): (r, d).
         up (`torch.Tensor`): (d, r).
-        scaling (`float`): Strength of the update.
-        activation (`Callable`, *optional*): Elementwise function of the bottleneck; `None` is the identity.
+        scaling (`float`): Factor on the update.
+        activation (`Callable`, *optional*): Elementwise function on the bottleneck. `None` is the identity.
         dropout (`float`, defaults to `0.0`): Dropout probability; pass 0 in evaluation mode.
         residual (`torch.Tensor`, *optional*):
-            (..., d), what the update is added to when several adapters read the same `h`. Always the plain form.
+            (..., d), what the update is added to, if several adapters get the same `h`. Always uses the plain
+            implementation.
 
     Returns:
-        `torch.Tensor`: (..., d), dtype and device of `h`, never one of the inputs.
+        `torch.Tensor`: (..., d), dtype and device of `h`, a new tensor.
     """
-    # Not while tracing, where sizes may be symbols that a comparison would fix.
-    if not torch.is_grad_enabled() and not dropout and not torch.compiler.is_compiling() and h.numel() <= _FEW:
+    # Not while tracing: a comparison would specialize symbolic sizes.
+    if (
+        not torch.is_grad_enabled()
+        and not dropout
+        and not torch.compiler.is_compiling()
+        and h.numel() <= _FEW_ELEMENTS
+    ):
         dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
-        # Half precision, autocast's included, could overflow where the strength is multiplied in by itself.
+        # A separate multiplication by the scaling could overflow in float16, including autocast's.
         if dtype != torch.float16 and (scaling == 1.0 or not _autocast_enabled(h)):
             return _few_tokens(h, down, up, scaling, activation, residual, dtype)
     if _autocast_enabled(h):
@@ -146,11 +157,8 @@ def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
 
 
 def _few_tokens(h, down, up, scaling, activation, residual, dtype):
-    """Few calls, because a decoded token costs a block little more than its calls.
-
-    Two products and a sum round in the same places when autocast does the casting, so it need not be looked for, which
-    would take a third of the time that they take.
-    """
+    """The update with as few calls as possible. It does not check for autocast, which rounds in the same places and
+    would add a third to the time."""
     a = F.linear(_cast(h, dtype), _cast(down, dtype))
     if activation is not None:
         a = activation(a)
@@ -160,7 +168,7 @@ def _few_tokens(h, down, up, scaling, activation, residual, dtype):
 
 
 class _MemoryEfficientUpdate(torch.autograd.Function):
-    """Keeps the output and `z` (r wide). Matrices have two dimensions, tokens by features."""
+    """Saves the output and `z` for the backward pass. Matrices are (tokens, features)."""
 
     @staticmethod
     def forward(ctx, h, down, up, scaling, activation, dropout, dtype):
@@ -177,7 +185,7 @@ class _MemoryEfficientUpdate(torch.autograd.Function):
     def backward(ctx, grad_output):
         if not _autocast_enabled(grad_output):
             return _backward(ctx, grad_output)
-        # A backward pass inside autocast would round the products, and `h` is recovered from their difference.
+        # Autocast would round the products whose difference is the gradient.
         with torch.autocast(grad_output.device.type, enabled=False):
             return _backward(ctx, grad_output)
 
@@ -198,7 +206,7 @@ def _backward(ctx, grad_output):
 
     grad_h = grad_down = grad_up = None
     if needs_up:
-        grad_up = _cast(scaling * (a.T @ grad), up.dtype).T  # on CPUs three times as fast as grad.T @ a
+        grad_up = _cast(scaling * (a.T @ grad), up.dtype).T  # three times as fast as grad.T @ a on a CPU
     if needs_down:
         grad_down = _cast(_grad_down(_cast(_flat(output), dtype), a, grad_z, up_, scaling), down.dtype)
     if needs_h:
@@ -208,19 +216,18 @@ def _backward(ctx, grad_output):
 
 def _grad_down(output, a, grad_z, up, scaling):
     """`dz^T h` with `h = output - scaling * a up^T`."""
-    if output.dtype == torch.float16:  # products of the output, which may be far larger than `h`, could overflow
+    if output.dtype == torch.float16:  # products with the output, which may be far larger than `h`, could overflow
         return grad_z.T @ torch.addmm(output, a, up.T, alpha=-scaling)
-    # In other formats `h` is never formed.
     return torch.addmm(grad_z.T @ output, grad_z.T @ a, up.T, alpha=-scaling)
 
 
 def _autocast_enabled(tensor: torch.Tensor) -> bool:
-    """Meta tensors have no autocast, and PyTorch raises if asked."""
+    """Whether autocast is enabled for the device of a tensor. PyTorch raises an error for the meta device."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _flat(h: torch.Tensor) -> torch.Tensor:
-    """(tokens, d), a copy only if it must be."""
+    """(tokens, d), a view where possible."""
     return h.reshape(-1, h.shape[-1])
 
 
@@ -238,7 +245,7 @@ def _dropout_mask(z: torch.Tensor, p: float) -> torch.Tensor | None:
 
 
 def _add_update(tokens: torch.Tensor, a: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`tokens + scaling * a @ up.T`, in one product where the dtypes allow it."""
+    """`tokens + scaling * a @ up.T`, in one call if the dtypes allow it."""
     if tokens.dtype == a.dtype:
         return torch.addmm(tokens, a, up.T, alpha=scaling)
     return tokens + _cast(scaling * F.linear(a, up), tokens.dtype)
