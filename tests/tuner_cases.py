@@ -10,7 +10,7 @@ from model_zoo import FAMILIES
 from peft import LoraConfig
 from peft.config import PeftConfig
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import JointSteeringConfig, LofitConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 
 # Four that differ: norms only in front of the sublayers, norms behind them too, `Conv1D` with biases, an MLP whose
 # layers are children of the block and get the tokens of all rows as one list.
@@ -72,6 +72,7 @@ SILU = {"r": 3, "activation": "silu", "init_weights": False}
 VECTOR = {"steering_type": "vector", "init_weights": False}
 LORA = {"r": 4, "init_lora_weights": False}
 BIASED = ("gpt2", "opt")
+HEADS = [(0, 1), (0, 3), (1, 0), (2, 0), (2, 2), (2, 3)]
 
 ROWS = {
     "low_rank": Row(PostBlockSteeringConfig, LOW_RANK, families=tuple(FAMILIES)),
@@ -86,6 +87,11 @@ ROWS = {
     "post_attn-low_rank": Row(SublayerSteeringConfig, {"site": "post_attn", **LOW_RANK}, merges=("llama", *BIASED)),
     "post_attn-silu": Row(SublayerSteeringConfig, {"site": "post_attn", **SILU}),
     "post_attn-vector": Row(SublayerSteeringConfig, {"site": "post_attn", **VECTOR}, merges=BIASED),
+    "lofit": Row(LofitConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED),
+    "lofit-heads": Row(LofitConfig, {"heads": HEADS, "init_weights": False}, starts_at_identity=False, merges=BIASED),
+    "lofit-scale": Row(
+        LofitConfig, {"phase": "scale", "init_weights": False}, starts_at_identity=False, merges=FOUR_FAMILIES
+    ),
     "joint-low_rank": Row(JointSteeringConfig, {**LORA, "steering": LOW_RANK}),
     "joint-vector": Row(JointSteeringConfig, {**LORA, "steering": VECTOR}, merges=BIASED),
 }

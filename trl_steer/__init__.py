@@ -12,6 +12,7 @@ from trl_steer import autoload
 if TYPE_CHECKING:  # more than there is, but the type of each name
     from trl_steer.trainers import *
     from trl_steer.tuners.joint_steering import *
+    from trl_steer.tuners.lofit import *
     from trl_steer.tuners.post_block_steering import *
     from trl_steer.tuners.steering import *
     from trl_steer.tuners.sublayer_steering import *
@@ -24,6 +25,8 @@ _PUBLIC = {
     "JointOrthSFTTrainer": "trl_steer.trainers",
     "JointSteeringConfig": "trl_steer.tuners.joint_steering",
     "JointSteeringModel": "trl_steer.tuners.joint_steering",
+    "LofitConfig": "trl_steer.tuners.lofit",
+    "LofitModel": "trl_steer.tuners.lofit",
     "OrthogonalityConstraint": "trl_steer.tuners.joint_steering",
     "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
     "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
@@ -33,6 +36,7 @@ _PUBLIC = {
     "hotswap_adapter": "trl_steer.tuners.steering",
     "set_scaling": "trl_steer.tuners.steering",
     "steering_operator": "trl_steer.tuners.steering",
+    "top_heads": "trl_steer.tuners.lofit",
 }
 
 __all__ = ["__version__", *_PUBLIC]

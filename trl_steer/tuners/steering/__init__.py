@@ -1,6 +1,6 @@
 """The core of all steering tuners: the sites of a block, the adapters there, and the methods PEFT calls on a tuner."""
 
-from .adapter import AffineUpdate, SteeringAdapter
+from .adapter import AffineUpdate, SteeringAdapter, TrainingProgress
 from .config import SteeringConfig
 from .folder import AdapterFolder
 from .functional import adapter_scaling, hotswap_adapter, set_scaling
@@ -21,6 +21,7 @@ __all__ = [
     "SteeringLayer",
     "SteeringModel",
     "SteeringTuner",
+    "TrainingProgress",
     "adapter_scaling",
     "hotswap_adapter",
     "set_scaling",

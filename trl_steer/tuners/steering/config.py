@@ -9,6 +9,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from .card import ModelCardMixin
+from .sites import Site
 
 
 @dataclass
@@ -75,6 +76,18 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
     def site(self) -> str:
         """Name of the site, one of [`SITES`]. Subclasses replace this by a field or a class attribute."""
         raise NotImplementedError
+
+    def for_block(self, name: str, site: Site) -> SteeringConfig:
+        """The configuration of the adapter in one block, where adapters differ between blocks. Default: this one.
+
+        Args:
+            name (`str`): Full name of the block.
+            site ([`Site`]): The site in this block.
+
+        Raises:
+            ValueError: The block cannot have such an adapter.
+        """
+        return self
 
     def __post_init__(self):
         super().__post_init__()
