@@ -10,7 +10,7 @@ from model_zoo import FAMILIES
 from peft import LoraConfig
 from peft.config import PeftConfig
 
-from trl_steer import JointSteeringConfig, LofitConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import JointSteeringConfig, JolaConfig, LofitConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 
 # Four that differ: norms only in front of the sublayers, norms behind them too, `Conv1D` with biases, an MLP whose
 # layers are children of the block and get the tokens of all rows as one list.
@@ -29,6 +29,7 @@ class Row:
         families (`tuple[str, ...]`): Families of the model zoo to run on.
         starts_at_identity (`bool`): Whether a fresh adapter is the base model bit for bit.
         merges (`tuple[str, ...]`): Those of `families` where it can be merged into the base model.
+        drawn (`tuple[str, ...]`): Ends of names of parameters that training leaves without gradient by chance.
     """
 
     config_cls: type[PeftConfig]
@@ -36,6 +37,7 @@ class Row:
     families: tuple[str, ...] = FOUR_FAMILIES
     starts_at_identity: bool = True
     merges: tuple[str, ...] = field(default=())
+    drawn: tuple[str, ...] = ()
 
     @property
     def has_lora(self) -> bool:
@@ -92,6 +94,7 @@ ROWS = {
     "lofit-scale": Row(
         LofitConfig, {"phase": "scale", "init_weights": False}, starts_at_identity=False, merges=FOUR_FAMILIES
     ),
+    "jola": Row(JolaConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED, drawn=("_log_gate",)),
     "joint-low_rank": Row(JointSteeringConfig, {**LORA, "steering": LOW_RANK}),
     "joint-vector": Row(JointSteeringConfig, {**LORA, "steering": VECTOR}, merges=BIASED),
 }

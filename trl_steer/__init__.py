@@ -12,6 +12,7 @@ from trl_steer import autoload
 if TYPE_CHECKING:  # more than there is, but the type of each name
     from trl_steer.trainers import *
     from trl_steer.tuners.joint_steering import *
+    from trl_steer.tuners.jola import *
     from trl_steer.tuners.lofit import *
     from trl_steer.tuners.post_block_steering import *
     from trl_steer.tuners.steering import *
@@ -25,6 +26,8 @@ _PUBLIC = {
     "JointOrthSFTTrainer": "trl_steer.trainers",
     "JointSteeringConfig": "trl_steer.tuners.joint_steering",
     "JointSteeringModel": "trl_steer.tuners.joint_steering",
+    "JolaConfig": "trl_steer.tuners.jola",
+    "JolaModel": "trl_steer.tuners.jola",
     "LofitConfig": "trl_steer.tuners.lofit",
     "LofitModel": "trl_steer.tuners.lofit",
     "OrthogonalityConstraint": "trl_steer.tuners.joint_steering",
