@@ -29,7 +29,7 @@ class Row:
         families (`tuple[str, ...]`): Families of the model zoo to run on.
         starts_at_identity (`bool`): Whether a fresh adapter is the base model bit for bit.
         merges (`tuple[str, ...]`): Those of `families` where it can be merged into the base model.
-        drawn (`tuple[str, ...]`): Ends of names of parameters that training leaves without gradient by chance.
+        has_gates (`bool`): Whether training draws gates, of which shut ones leave parameters without a gradient.
     """
 
     config_cls: type[PeftConfig]
@@ -37,7 +37,7 @@ class Row:
     families: tuple[str, ...] = FOUR_FAMILIES
     starts_at_identity: bool = True
     merges: tuple[str, ...] = field(default=())
-    drawn: tuple[str, ...] = ()
+    has_gates: bool = False
 
     @property
     def has_lora(self) -> bool:
@@ -94,7 +94,7 @@ ROWS = {
     "lofit-scale": Row(
         LofitConfig, {"phase": "scale", "init_weights": False}, starts_at_identity=False, merges=FOUR_FAMILIES
     ),
-    "jola": Row(JolaConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED, drawn=("_log_gate",)),
+    "jola": Row(JolaConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED, has_gates=True),
     "joint-low_rank": Row(JointSteeringConfig, {**LORA, "steering": LOW_RANK}),
     "joint-vector": Row(JointSteeringConfig, {**LORA, "steering": VECTOR}, merges=BIASED),
 }

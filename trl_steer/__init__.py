@@ -31,6 +31,7 @@ _PUBLIC = {
     "LofitConfig": "trl_steer.tuners.lofit",
     "LofitModel": "trl_steer.tuners.lofit",
     "OrthogonalityConstraint": "trl_steer.tuners.joint_steering",
+    "PenaltyCallback": "trl_steer.trainers",
     "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
     "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
     "SublayerSteeringConfig": "trl_steer.tuners.sublayer_steering",

@@ -7,6 +7,7 @@ from .functional import adapter_scaling, hotswap_adapter, set_scaling
 from .layer import SteeringLayer
 from .model import SteeringModel
 from .ops.low_rank import steering_operator
+from .penalties import adapter_penalty
 from .sites import SITES, BlockAnatomy, Site
 from .tuner import SteeringTuner
 
@@ -22,6 +23,7 @@ __all__ = [
     "SteeringModel",
     "SteeringTuner",
     "TrainingProgress",
+    "adapter_penalty",
     "adapter_scaling",
     "hotswap_adapter",
     "set_scaling",
