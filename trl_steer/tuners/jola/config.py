@@ -58,6 +58,9 @@ class JolaConfig(HeadSteeringConfig):
         default=None, metadata={"help": "Weight of the penalty, from 0 to 1. Default: 0.1, and 0.2 for 'linear'."}
     )
 
+    def card_fields(self):
+        return {"penalty": f"{self.penalty_schedule}, {self.penalty_weight}", **super().card_fields()}
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["JOLA"]  # added to PEFT's enum by trl_steer.registration
