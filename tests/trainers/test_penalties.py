@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType
 from peft import get_peft_model
 from processes import run_in_world
 from tiny_chat import tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl_cases import assert_only_adapter_changed, make_trainer, snapshot
@@ -187,6 +189,27 @@ def compare_with_one_process(rank: int) -> None:
 
 def test_each_process_adds_the_same():
     run_in_world(compare_with_one_process, 2)
+
+
+def compare_shards_with_the_whole(rank: int) -> None:
+    for config in CONFIGS.values():
+        model = get_peft_model(tiny_model(), config()).double()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(adapter_penalty(model, 1, 3), list(parameters.values()), allow_unused=True)
+        for block in model.get_base_model().model.layers:
+            fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+        PenaltyCallback().on_pre_optimizer_step(
+            None, TrainerState(global_step=1, max_steps=3), TrainerControl(), model=model
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            found = model.get_parameter(name).grad
+            assert (found is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(found.full_tensor(), gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_shards_of_fsdp2_get_the_gradient_of_the_whole():
+    run_in_world(compare_shards_with_the_whole, 2)
 
 
 @pytest.mark.parametrize("distributed_type", [DistributedType.DEEPSPEED, DistributedType.FSDP])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from head_cases import BASES, NUM_HEADS, assert_equal, double_model, leaves_of, run, run_plainly, steered
-from model_zoo import tiny_inputs, tiny_model
+from model_zoo import COMMON, tiny_inputs, tiny_model
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from steering_cases import adapters_of, layers_of, logits, steer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from tuner_cases import HEADS
 
 from trl_steer import JolaConfig, LofitConfig, hotswap_adapter
@@ -134,6 +134,12 @@ def test_heads_of_blocks_may_differ_in_number():
     attention.head_dim, attention.o_proj = 16, torch.nn.Linear(64, 32, bias=False)
     model = get_peft_model(base, LofitConfig())
     assert [tuple(a.offset.shape) for a in adapters_of(model)] == [(4, 8), (4, 16), (4, 8)]
+
+
+def test_heads_of_latent_attention_have_the_size_of_its_values():
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
+    base = DeepseekV3ForCausalLM(DeepseekV3Config(**COMMON, **sizes, first_k_dense_replace=3))
+    assert [tuple(a.offset.shape) for a in adapters_of(get_peft_model(base, LofitConfig()))] == [(4, 6)] * 3
 
 
 def test_a_width_that_is_not_made_of_heads_is_refused():

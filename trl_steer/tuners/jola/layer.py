@@ -128,7 +128,7 @@ def penalty_weight_at(schedule: str, weight: float, progress: TrainingProgress) 
     if schedule == "exponential":
         return weight * math.exp(-DECAY * progress.step)
     if schedule == "linear":
-        return weight * min(progress.step / progress.max_steps, 1.0)
+        return weight * min(progress.step / max(progress.max_steps, 1), 1.0)
     return weight
 
 
