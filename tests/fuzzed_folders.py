@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import JointSteeringConfig, JolaConfig, LofitConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 from trl_steer.tuners.steering.layer import SteeringLayer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,6 +40,9 @@ CASES: dict[str, tuple[str, Callable[[], PeftConfig]]] = {
     "pre_mlp": ("llama", lambda: SublayerSteeringConfig(site="pre_mlp", r=3, init_weights=False)),
     "post_mlp": ("gpt2", lambda: SublayerSteeringConfig(r=3, init_weights=False, trainable_token_indices=[3, 5])),
     "post_attn": ("gemma3", lambda: SublayerSteeringConfig(site="post_attn", steering_type="vector")),
+    "lofit": ("gemma3", lambda: LofitConfig(init_weights=False)),
+    "lofit heads": ("llama", lambda: LofitConfig(phase="scale", heads={0: [1, 3], 2: [0]}, init_weights=False)),
+    "jola": ("gpt2", lambda: JolaConfig(init_weights=False, modules_to_save=["lm_head"])),
     "joint": ("llama", joint_config),
     "joint head": ("llama", lambda: joint_config(modules_to_save=["lm_head"], task_type="CAUSAL_LM")),
     "joint tokens": ("qwen2", lambda: joint_config(trainable_token_indices=[3, 5], target_modules=["q_proj"])),

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig
+from trl_steer import JointSteeringConfig, LofitConfig, PostBlockSteeringConfig
 from trl_steer.tuners.joint_steering import OrthogonalityConstraint
 
 WIDTH, STEPS = 36, 4
@@ -21,6 +21,7 @@ WIDTH, STEPS = 36, 4
 CONFIGS = {
     "steering": lambda: PostBlockSteeringConfig(r=3, activation="silu", modules_to_save=["lm_head"]),
     "vector": lambda: PostBlockSteeringConfig(steering_type="vector"),
+    "lofit": lambda: LofitConfig(heads={0: [2], 1: [0, 1]}, init_weights=False),
     "joint": lambda: JointSteeringConfig(r=5, use_dora=True, steering={"r": 3}, modules_to_save=["lm_head"]),
     "joint input": lambda: JointSteeringConfig(r=5, steering={"r": 3}),
     "joint norms": lambda: JointSteeringConfig(r=5, steering={"r": 3}, modules_to_save=["post_feedforward_layernorm"]),

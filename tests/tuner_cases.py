@@ -10,7 +10,14 @@ from model_zoo import FAMILIES
 from peft import LoraConfig
 from peft.config import PeftConfig
 
-from trl_steer import JointSteeringConfig, LoReftConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import (
+    JointSteeringConfig,
+    JolaConfig,
+    LofitConfig,
+    LoReftConfig,
+    PostBlockSteeringConfig,
+    SublayerSteeringConfig,
+)
 
 # Four that differ: norms only in front of the sublayers, norms behind them too, `Conv1D` with biases, an MLP whose
 # layers are children of the block and get the tokens of all rows as one list.
@@ -29,6 +36,7 @@ class Row:
         families (`tuple[str, ...]`): Families of the model zoo to run on.
         starts_at_identity (`bool`): Whether a fresh adapter is the base model bit for bit.
         merges (`tuple[str, ...]`): Those of `families` where it can be merged into the base model.
+        has_gates (`bool`): Whether training draws gates, of which shut ones leave parameters without a gradient.
     """
 
     config_cls: type[PeftConfig]
@@ -36,6 +44,7 @@ class Row:
     families: tuple[str, ...] = FOUR_FAMILIES
     starts_at_identity: bool = True
     merges: tuple[str, ...] = field(default=())
+    has_gates: bool = False
 
     @property
     def has_lora(self) -> bool:
@@ -72,6 +81,7 @@ SILU = {"r": 3, "activation": "silu", "init_weights": False}
 VECTOR = {"steering_type": "vector", "init_weights": False}
 LORA = {"r": 4, "init_lora_weights": False}
 BIASED = ("gpt2", "opt")
+HEADS = [(0, 1), (0, 3), (1, 0), (2, 0), (2, 2), (2, 3)]
 
 ROWS = {
     "low_rank": Row(PostBlockSteeringConfig, LOW_RANK, families=tuple(FAMILIES)),
@@ -89,6 +99,12 @@ ROWS = {
     "loreft": Row(LoReftConfig, {"r": 3}, starts_at_identity=False),
     "loreft-silu": Row(LoReftConfig, {"r": 3, "activation": "silu"}, starts_at_identity=False),
     "post_mlp-loreft": Row(LoReftConfig, {"r": 3, "site": "post_mlp"}, starts_at_identity=False, merges=BIASED),
+    "lofit": Row(LofitConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED),
+    "lofit-heads": Row(LofitConfig, {"heads": HEADS, "init_weights": False}, starts_at_identity=False, merges=BIASED),
+    "lofit-scale": Row(
+        LofitConfig, {"phase": "scale", "init_weights": False}, starts_at_identity=False, merges=FOUR_FAMILIES
+    ),
+    "jola": Row(JolaConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED, has_gates=True),
     "joint-low_rank": Row(JointSteeringConfig, {**LORA, "steering": LOW_RANK}),
     "joint-vector": Row(JointSteeringConfig, {**LORA, "steering": VECTOR}, merges=BIASED),
 }

@@ -12,6 +12,8 @@ from trl_steer import autoload
 if TYPE_CHECKING:  # more names than are public, but with their types
     from trl_steer.trainers import *
     from trl_steer.tuners.joint_steering import *
+    from trl_steer.tuners.jola import *
+    from trl_steer.tuners.lofit import *
     from trl_steer.tuners.loreft import *
     from trl_steer.tuners.post_block_steering import *
     from trl_steer.tuners.steering import *
@@ -25,9 +27,14 @@ _PUBLIC = {
     "JointOrthSFTTrainer": "trl_steer.trainers",
     "JointSteeringConfig": "trl_steer.tuners.joint_steering",
     "JointSteeringModel": "trl_steer.tuners.joint_steering",
+    "JolaConfig": "trl_steer.tuners.jola",
+    "JolaModel": "trl_steer.tuners.jola",
+    "LofitConfig": "trl_steer.tuners.lofit",
+    "LofitModel": "trl_steer.tuners.lofit",
     "LoReftConfig": "trl_steer.tuners.loreft",
     "LoReftModel": "trl_steer.tuners.loreft",
     "OrthogonalityConstraint": "trl_steer.tuners.joint_steering",
+    "PenaltyCallback": "trl_steer.trainers",
     "PostBlockSteeringConfig": "trl_steer.tuners.post_block_steering",
     "PostBlockSteeringModel": "trl_steer.tuners.post_block_steering",
     "SublayerSteeringConfig": "trl_steer.tuners.sublayer_steering",
@@ -36,6 +43,7 @@ _PUBLIC = {
     "hotswap_adapter": "trl_steer.tuners.steering",
     "set_scaling": "trl_steer.tuners.steering",
     "steering_operator": "trl_steer.tuners.steering",
+    "top_heads": "trl_steer.tuners.lofit",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -1,25 +1,31 @@
-"""Checks that a model exists, without importing PyTorch or transformers."""
+"""Checks that a model or an adapter exists, without importing PyTorch or transformers."""
 
 from pathlib import Path
 
 _SECONDS = 5
 
 
-def check_folder(name: str) -> None:
+def check_folder(name: str, config: str = "config.json") -> None:
     """Checks that a name is either the folder of a checkpoint or can be a Hub id.
 
+    Args:
+        name (`str`): The name.
+        config (`str`, defaults to `"config.json"`): The file that makes the folder one; that of an adapter is
+            `"adapter_config.json"`.
+
     Raises:
-        FileNotFoundError: It is a path, but not that of a folder with a checkpoint.
+        FileNotFoundError: It is a path, but not that of a folder with the file.
     """
     path = Path(name).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is not the folder of a checkpoint: there is no config.json.")
+    if path.exists() and not (path / config).is_file():
+        kind = "a checkpoint" if config == "config.json" else "an adapter"
+        raise FileNotFoundError(f"{name} is not the folder of {kind}: there is no {config}.")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"There is no folder {name}. A Hub id has the form OWNER/NAME.")
 
 
-def check_on_hub(name: str, revision: str | None = None) -> None:
-    """Checks that a model is in the Hub's cache or on the Hub, unless it is a local folder.
+def check_on_hub(name: str, revision: str | None = None, config: str = "config.json") -> None:
+    """Checks that a model or an adapter is in the Hub's cache or on the Hub, unless it is a local folder.
 
     Raises:
         FileNotFoundError: It is not, or the Hub cannot be reached.
@@ -28,10 +34,12 @@ def check_on_hub(name: str, revision: str | None = None) -> None:
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if isinstance(try_to_load_from_cache(name, config, revision=revision), str):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_SECONDS)
+        get_hf_file_metadata(hf_hub_url(name, config, revision=revision), timeout=_SECONDS)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(f"There is no folder {name}, and no model {name} on the Hub: {reason}") from error
+        raise FileNotFoundError(
+            f"There is no folder {name}, and no {name} with {config} on the Hub: {reason}"
+        ) from error

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from trl_steer.integrations.lm_eval.checks import RequestError, check
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
     """Runs lm-eval on `argv` (default: that of the process), which may name our tasks beside lm-eval's and the user's.
 
-    Returns the exit status: 1 if lm-eval is not installed.
+    Returns the exit status. Errors are said in one line; with `--debug` the traceback is shown.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
     try:
         from lm_eval.__main__ import HarnessCLI, setup_logging
     except ModuleNotFoundError as error:
@@ -19,17 +23,33 @@ def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
             raise
         print("lm-eval is not installed: pip install 'trl-steer[eval]'", file=sys.stderr)
         return 1
-    import trl_steer  # noqa: F401  (registers our PEFT types)
-
     before = sys.argv
     # lm-eval's parser reads `sys.argv` itself.
-    sys.argv = [prog, *(before[1:] if argv is None else argv)]
+    sys.argv = [prog, *(word for word in argv if word != "--debug")]
     try:
         setup_logging()
         command_line = HarnessCLI()
         arguments = command_line.parse_args()
         _include_our_tasks(arguments)
+        check(arguments)
+        import trl_steer  # noqa: F401  (registers our PEFT types)
+
         command_line.execute(arguments)
+    except KeyboardInterrupt:
+        print(
+            f"\n{prog}: stopped. Only the answers in the cache of --use_cache, if it was given, are kept.",
+            file=sys.stderr,
+        )
+        return 130
+    except RequestError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{prog}: error: {reason} (--debug shows the traceback)", file=sys.stderr)
+        return 1
     finally:
         sys.argv = before
     return 0

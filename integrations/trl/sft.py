@@ -144,8 +144,9 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
 
     from trl_steer.integrations.trl.data import load_dataset
     from trl_steer.trainers import JointOrthSFTTrainer
-    from trl_steer.trainers.callbacks import DivergenceCallback
+    from trl_steer.trainers.callbacks import DivergenceCallback, PenaltyCallback
     from trl_steer.trainers.checkpoints import is_finished, newest_complete_checkpoint
+    from trl_steer.tuners.steering import adapter_penalty
 
     init = {
         "revision": model_args.model_revision,
@@ -172,12 +173,14 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
         peft_config=adapter,
         callbacks=[DivergenceCallback()],
     )
+    model: Any = trainer.model
+    if adapter_penalty(model) is not None:
+        trainer.add_callback(PenaltyCallback())
     trainable, total = _parameters(trainer.model)
     trainer.accelerator.print(f"{METHODS[request.ours.method]}: training {trainable:,} of {total:,} parameters.")
     if not finished:
         trainer.train(resume_from_checkpoint=checkpoint)
     elif adapter is not None:
-        model: Any = trainer.model
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,9 +123,104 @@ def test_our_program_finds_our_tasks_beside_those_of_the_user(folder):
 def test_our_folder_goes_before_the_users_who_may_name_theirs_in_a_file(
     tmp_path, monkeypatch, written, given, expected
 ):
-    (tmp_path / "run.yaml").write_text(f"model: dummy\n{written}\n")
+    for folder in ("theirs", "one", "two", "given"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"model: dummy\ntasks: steer_boolq\n{written}\n")
     asked = []
     monkeypatch.setattr("lm_eval._cli.run.Run._execute", staticmethod(asked.append))
     option = ["--include_path", given] if given else []
     assert launcher.main(["run", "--config", str(tmp_path / "run.yaml"), *option]) == 0
     assert asked[0].include_path == [launcher.tasks_folder(), *expected]
+
+
+def ours(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "trl_steer.integrations.lm_eval.launcher", *arguments]
+
+
+MODEL = "--model_args=pretrained={folder}/base"
+WRONG = {
+    "no task of that name": (["--tasks", "steer_test_task,nosuch_task", MODEL], "nosuch_task"),
+    "part of a task's name": (["--tasks", "steer_test", MODEL], "steer_test"),
+    "no tasks": ([MODEL], "--tasks"),
+    "no model type of that name": (["--tasks", "steer_test_task", "--model", "hff"], "'hff'"),
+    "no model": (["--tasks", "steer_test_task"], "pretrained=MODEL"),
+    "no folder": (["--tasks", "steer_test_task", "--model_args=pretrained=/no/such"], "/no/such"),
+    "a folder without a model": (
+        ["--tasks", "steer_test_task", "--model_args=pretrained={folder}/tasks"],
+        "config.json",
+    ),
+    "a folder without an adapter": (
+        ["--tasks", "steer_test_task", MODEL + ",peft={folder}/base"],
+        "adapter_config.json",
+    ),
+    "no such dtype": (["--tasks", "steer_test_task", MODEL + ",dtype=float17"], "float17"),
+    "no such device": (["--tasks", "steer_test_task", MODEL, "--device", "gpu"], "device gpu"),
+    "no batch size": (["--tasks", "steer_test_task", MODEL, "--batch_size", "many"], "batch_size many"),
+    "no samples": (["--tasks", "steer_test_task", MODEL, "--samples", "{{rows"], "--samples"),
+    "no limit": (["--tasks", "steer_test_task", MODEL, "--limit", "few"], "'few'"),
+    "no config file": (["--config", "{folder}/none.yaml"], "none.yaml"),
+    "a broken config file": (["--config", "{folder}/broken.yaml"], "broken.yaml"),
+    "an unknown key in the config file": (["--config", "{folder}/unknown.yaml"], "taks"),
+    "no folder of tasks": (["--tasks", "steer_test_task", MODEL, "--include_path", "/no/such"], "/no/such"),
+    "no place for the samples": (["--tasks", "steer_test_task", MODEL, "--log_samples"], "--output_path"),
+    "an unknown option": (["--task", "steer_test_task", "--nosuch"], "--nosuch"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_in_a_line(folder, capfd, name):
+    (folder / "broken.yaml").write_text("tasks: [a")
+    (folder / "unknown.yaml").write_text("taks: [a]")
+    options, cause = WRONG[name]
+    include = [] if "--include_path" in options else ["--include_path", str(folder / "tasks")]
+    try:
+        status = launcher.main(["run", *include, *(option.format(folder=folder) for option in options)])
+    except SystemExit as refused:  # by argparse
+        status = refused.code
+    printed = capfd.readouterr()
+    assert status in (1, 2)
+    assert printed.out == ""
+    assert cause in printed.err
+    assert len(printed.err.strip().splitlines()) <= 3, printed.err
+
+
+def test_a_wrong_name_is_told_before_anything_heavy_is_imported():
+    code = (
+        "import sys; from trl_steer.integrations.lm_eval import launcher; "
+        "status = launcher.main(['run', '--tasks', 'nosuch_task', '--model', 'dummy']); "
+        "sys.exit('torch is loaded' if 'torch' in sys.modules else status)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2, process.stderr
+    assert "nosuch_task" in process.stderr
+
+
+def test_a_later_error_is_one_line_and_a_traceback_where_it_is_asked_for(folder, tmp_path, capfd):
+    (tmp_path / "config.json").write_text("{}")
+    command = ["run", "--tasks", "steer_test_task", "--include_path", str(folder / "tasks")]
+    command.append(f"--model_args=pretrained={tmp_path}")
+    assert launcher.main(command) == 1
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err
+    assert "--debug" in printed.err.strip().splitlines()[-1]
+    with pytest.raises(ValueError, match="model_type"):
+        launcher.main([*command, "--debug"])
+
+
+def test_interrupted_it_says_so_in_a_line(folder):
+    command = ours("run", "--tasks", "steer_test_task", "--include_path", str(folder / "tasks"), "--device", "cpu")
+    command.append(MODEL.format(folder=folder))
+
+    def can_be_interrupted():  # a shell's background job, and all that it starts, ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=can_be_interrupted) as process:
+        for line in process.stderr:
+            if "Selected Tasks" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert "stopped" in rest.strip().splitlines()[-1]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_chat import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from trl_steer import LofitConfig, PenaltyCallback
 from trl_steer.integrations.trl import sft
 from trl_steer.integrations.trl.data import without_end_token
 from trl_steer.tuners.joint_steering import OrthogonalityConstraint
@@ -53,6 +54,18 @@ def test_blocks_that_the_model_does_not_have_are_said_in_one_line(recipe, tmp_pa
     said = capsys.readouterr().err
     assert "error: layers_to_transform names blocks [9]" in said
     assert "Traceback" not in said
+
+
+def test_an_adapter_with_a_penalty_is_trained_under_it(recipe, tmp_path, monkeypatch):
+    steps = []
+    config = LofitConfig(phase="scale", task_type="CAUSAL_LM")
+    monkeypatch.setattr(sft, "peft_config", lambda *_: config)
+    monkeypatch.setattr(PenaltyCallback, "on_pre_optimizer_step", lambda *args, **kwargs: steps.append(args[2]))
+    assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path), "--max_steps", "2"]) == 0
+    assert len(steps) == 2
+    monkeypatch.undo()
+    assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path / "other"), "--max_steps", "2"]) == 0
+    assert len(steps) == 2
 
 
 METHODS = {

@@ -15,7 +15,7 @@ from trl_steer import set_scaling
 SLOW = pytest.mark.slow
 # Each site and each form is in some other row.
 TRACED_ALIKE = ("pre_mlp-silu", "pre_mlp-vector", "post_mlp-low_rank", "post_mlp-vector", "post_attn-low_rank")
-TRACED_ALIKE += ("post_attn-silu", "joint-vector")
+TRACED_ALIKE += ("post_attn-silu", "lofit", "lofit-scale", "joint-vector")
 CASES = [
     ("llama", "eager", "low_rank"),
     ("gpt2", "eager", "vector"),
@@ -23,6 +23,8 @@ CASES = [
     pytest.param("llama", "eager", "joint-vector", marks=SLOW),
     pytest.param("llama", "eager", "silu", marks=SLOW),
     pytest.param("opt", "eager", "post_mlp-vector", marks=SLOW),
+    pytest.param("llama", "eager", "lofit-heads", marks=SLOW),
+    pytest.param("gpt2", "eager", "jola", marks=SLOW),
     pytest.param("gemma3", "eager", "post_attn-silu", marks=SLOW),
     pytest.param("gpt2", "eager", "joint-low_rank", marks=SLOW),
     pytest.param("llama", "aot_eager", "low_rank", marks=SLOW),
@@ -46,7 +48,7 @@ def _fresh_dynamo():
 @pytest.mark.parametrize(("family", "backend", "row"), CASES)
 def test_compiled_model_equals_eager_whatever_is_switched(family, backend, row):
     layer_types = {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3", "gpt_oss") else {}
-    model = steer(tiny_model(family, num_hidden_layers=2, **layer_types), row)
+    model = steer(tiny_model(family, num_hidden_layers=2, **layer_types), row, layers_to_transform=[0, 1])
     compiled = torch.compile(model, backend=backend)
     expected = logits(model)
     torch.testing.assert_close(logits(compiled), expected, atol=1e-4, rtol=1e-4)
@@ -64,7 +66,7 @@ def test_compiled_model_equals_eager_whatever_is_switched(family, backend, row):
 
 @pytest.mark.parametrize("row", [pytest.param(row, marks=SLOW) if row in TRACED_ALIKE else row for row in ROWS])
 def test_compiled_model_is_one_graph(row):
-    model = steer(tiny_model(num_hidden_layers=1), row)
+    model = steer(tiny_model(num_hidden_layers=1), row, layers_to_transform=[0])
     compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(model), atol=1e-5, rtol=1e-5)
 

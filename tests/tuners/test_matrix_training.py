@@ -38,7 +38,7 @@ def test_gradients_are_equal_with_every_way_of_checkpointing(row, family):
     model = steer(tiny_model(family), row)
     assert expected.keys() == parameters_of(model).keys()
     assert expected.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(gradient.abs().sum() > 0 for gradient in expected.values())
+    assert ROWS[row].has_gates or all(gradient.abs().sum() > 0 for gradient in expected.values())
     for name in ("reentrant", "non-reentrant"):
         assert results[name].keys() == expected.keys()
         for key, gradient in expected.items():

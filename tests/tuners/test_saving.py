@@ -6,12 +6,14 @@ from peft import get_peft_model
 from tiny_chat import tiny_model
 from tuner_cases import ROWS, over_rows
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import JointSteeringConfig, JolaConfig, LofitConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 
 CASES = {
     "steering": (PostBlockSteeringConfig(r=2), "steering_adapter.default.up"),
     "vector": (PostBlockSteeringConfig(steering_type="vector"), "steering_adapter.default.vector"),
     "sublayer": (SublayerSteeringConfig(r=2), "sublayer_steering.steering_adapter.default.up"),
+    "lofit": (LofitConfig(), "lofit.steering_adapter.default.offset"),
+    "jola": (JolaConfig(), "jola.steering_adapter.default.scale"),
     "joint, steering half": (JointSteeringConfig(r=2), "lora_steering_adapter.default.down"),
     "joint, LoRA half": (JointSteeringConfig(r=2), "down_proj.lora_B.default.weight"),
     "saved module": (PostBlockSteeringConfig(modules_to_save=["lm_head"]), "modules_to_save.default.weight"),
@@ -36,7 +38,7 @@ def test_what_zero3_leaves_of_a_parameter_is_refused_by_name(config, leaf, tmp_p
     assert name in assert_refused(model, tmp_path, "without elements")
 
 
-@pytest.mark.parametrize("case", ["steering", "sublayer", "joint, steering half", "joint, LoRA half"])
+@pytest.mark.parametrize("case", ["steering", "sublayer", "lofit", "jola", "joint, steering half", "joint, LoRA half"])
 def test_a_flat_piece_of_a_matrix_is_refused_by_name(case, tmp_path):
     config, leaf = CASES[case]
     model = get_peft_model(tiny_model(), config)
@@ -47,7 +49,7 @@ def test_a_flat_piece_of_a_matrix_is_refused_by_name(case, tmp_path):
 
 @over_rows
 def test_a_state_dict_without_the_adapter_is_refused(row, tmp_path):
-    model = get_peft_model(tiny_model(), ROWS[row].config())
+    model = get_peft_model(tiny_model(), ROWS[row].config(layers_to_transform=[0, 1]))
     assert_refused(model, tmp_path, "no tensors of adapter 'default'", state_dict={})
 
 

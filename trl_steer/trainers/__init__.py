@@ -1,6 +1,7 @@
-"""Trainers: thin subclasses of TRL's."""
+"""Trainers, thin subclasses of TRL's, and callbacks for any trainer."""
 
+from .callbacks import PenaltyCallback
 from .joint_orth_sft_config import JointOrthSFTConfig
 from .joint_orth_sft_trainer import JointOrthSFTTrainer
 
-__all__ = ["JointOrthSFTConfig", "JointOrthSFTTrainer"]
+__all__ = ["JointOrthSFTConfig", "JointOrthSFTTrainer", "PenaltyCallback"]

@@ -4,9 +4,13 @@ import logging
 import math
 
 import torch
-from accelerate.utils import reduce
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, reduce
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+
+from ..tuners.steering.penalties import adapter_penalty
 
 logger = logging.getLogger(__name__)
 
@@ -80,3 +84,59 @@ def _advice(args) -> str:
         f"Divide the learning rate of {args.learning_rate:g} by 2 to 5, because low-rank steering diverges just above "
         "its best learning rate. A warm-up (--warmup_steps 0.1) or a smaller --max_grad_norm also helps."
     )
+
+
+class PenaltyCallback(TrainerCallback):
+    """Adds the penalties of adapters to what is trained: LoFiT's L1 in its first phase, JoLA's on its gates.
+
+    Before each optimizer step, the gradient of the penalty is added to the one of the loss, once, whatever the number
+    of accumulated batches, and after clipping, which does not see it. Gradients that are still multiplied by the loss
+    scale of fp16 are divided by it first. Schedules of weights count optimizer steps, also over a resumed run. The
+    penalty depends on the weights alone, so that each process of DDP adds the same. Models without a penalty train as
+    they do without this callback.
+
+    Raises:
+        ValueError: Training begins under DeepSpeed or FSDP version 1, where gradients are not those of parameters.
+
+    Example:
+
+        ```py
+        >>> SFTTrainer(model, train_dataset=dataset, peft_config=JolaConfig(), callbacks=[PenaltyCallback()])
+        ```
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if adapter_penalty(model) is None:
+            return
+        accelerate_state = AcceleratorState()
+        plugin = getattr(accelerate_state, "fsdp_plugin", None)
+        is_flat = accelerate_state.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) != 2
+        if is_flat or accelerate_state.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "The penalty of an adapter cannot be added under DeepSpeed or FSDP version 1, which keep gradients in "
+                "pieces of their own. Use DDP, or FSDP with fsdp_version: 2 in the accelerate configuration."
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        penalty = adapter_penalty(model, state.global_step, state.max_steps)
+        if penalty is None:
+            return
+        _unscale(optimizer)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _unscale(optimizer) -> None:
+    """Divides gradients by the loss scale, unless the trainer has done so in order to clip them or take their norm."""
+    scaler = getattr(optimizer, "scaler", None)
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    try:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise

@@ -6,7 +6,7 @@ from model_zoo import tiny_model
 from peft import get_peft_model, inject_adapter_in_model
 from trl_cases import make_trainer
 
-from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
+from trl_steer import JointSteeringConfig, JolaConfig, LofitConfig, PostBlockSteeringConfig, SublayerSteeringConfig
 from trl_steer.tuners.joint_steering import split_adapter
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -49,9 +49,14 @@ def assert_useful(folder):
             SublayerSteeringConfig(site="pre_mlp", layers_to_transform=[0, 2]),
             ["| site | pre_mlp |", "| blocks | 0, 2 |"],
         ),
+        (
+            LofitConfig(phase="scale", heads={0: [1], 1: [0, 3]}),
+            ["| update | scale |", "| heads | 3 |", "| site | heads |"],
+        ),
+        (JolaConfig(), ["| site | heads |", "| penalty | exponential, 0.1 |", "| parameters | 216 |"]),
         (JointSteeringConfig(r=4, steering={"r": 2}), ["| LoRA: rank | 4 |", "| steering: rank | 2 |"]),
     ],
-    ids=["low rank", "vector", "sublayer", "joint"],
+    ids=["low rank", "vector", "sublayer", "lofit", "jola", "joint"],
 )
 def test_card_says_method_site_rank_parameters_and_base(config, said, tmp_path):
     saved(config, tmp_path)

@@ -7,6 +7,7 @@ import torch
 from model_zoo import tiny_inputs, tiny_model
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from steering_cases import (
+    KINDS,
     adapters_of,
     assert_same_weights,
     layers_of,
@@ -54,7 +55,7 @@ def weights_stay_as_loaded(monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-@over_kinds
+@pytest.mark.parametrize("kind", [*KINDS, "lofit-heads", "jola"])
 @over_bits
 @over_quantized_families
 def test_adapter_is_floating_point_and_output_keeps_the_dtype_of_the_block(quantized, family, bits, kind):

@@ -3,14 +3,11 @@ are refused with nothing changed."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from merged_models import errors_without_us
 from model_zoo import tiny_inputs, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -79,28 +76,6 @@ def loaded_model(base: str, folder: Path):
     return model
 
 
-LOAD_AND_COMPARE = """
-import json, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(1)
-errors = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    if model.config.model_type == "mixtral":
-        model.set_experts_implementation("eager")
-    recorded = load_file(folder / "recorded.safetensors")
-    with torch.no_grad():
-        logits = model(input_ids=recorded["input_ids"]).logits
-    errors[folder.name] = (logits - recorded["logits"]).abs().max().item()
-assert "trl_steer" not in sys.modules
-print(json.dumps(errors))
-"""
-
-
 def test_merged_models_are_the_steered_ones_in_a_process_without_us(tmp_path):
     inputs = {"input_ids": tiny_inputs()["input_ids"]}
     for base, site, form in MERGING:
@@ -112,11 +87,7 @@ def test_merged_models_are_the_steered_ones_in_a_process_without_us(tmp_path):
         assert not torch.allclose(expected, unsteered, atol=1e-3)
         model.merge_and_unload().save_pretrained(folder)
         save_file({**inputs, "logits": expected}, folder / "recorded.safetensors")
-    environment = {**os.environ, "TRL_STEER_NO_AUTOLOAD": "1"}
-    command = [sys.executable, "-c", LOAD_AND_COMPARE, str(tmp_path / "merged")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors = errors_without_us(tmp_path / "merged")
     assert len(errors) == len(MERGING)
     assert {case: error for case, error in errors.items() if error > 1e-10} == {}
 

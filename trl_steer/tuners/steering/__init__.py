@@ -1,12 +1,13 @@
 """The core of all steering tuners: the sites of a block, the adapters there, and the methods PEFT calls on a tuner."""
 
-from .adapter import AffineUpdate, SteeringAdapter
+from .adapter import AffineUpdate, SteeringAdapter, TrainingProgress
 from .config import SteeringConfig
 from .folder import AdapterFolder
 from .functional import adapter_scaling, hotswap_adapter, set_scaling
 from .layer import SteeringLayer
 from .model import SteeringModel
 from .ops.low_rank import steering_operator
+from .penalties import adapter_penalty
 from .sites import SITES, BlockAnatomy, Site
 from .tuner import SteeringTuner
 
@@ -21,6 +22,8 @@ __all__ = [
     "SteeringLayer",
     "SteeringModel",
     "SteeringTuner",
+    "TrainingProgress",
+    "adapter_penalty",
     "adapter_scaling",
     "hotswap_adapter",
     "set_scaling",

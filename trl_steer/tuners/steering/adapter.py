@@ -31,17 +31,47 @@ def current_scaling(adapter: SteeringAdapter) -> float:
 
 class AffineUpdate(NamedTuple):
     """
-    An update that is an affine function of the hidden state, `h + left @ right @ h + offset`.
+    An update that is an affine function of the hidden state: `h + M @ h + offset`, where
+    `M = left @ right + diag(diagonal)`.
 
     Attributes:
         left (`torch.Tensor`, *optional*): (d, r).
         right (`torch.Tensor`, *optional*): (r, d).
         offset (`torch.Tensor`, *optional*): (d,).
+        diagonal (`torch.Tensor`, *optional*): (d,).
     """
 
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    diagonal: torch.Tensor | None = None
+
+    @property
+    def is_offset(self) -> bool:
+        """Whether `M` is zero."""
+        return self.left is None and self.diagonal is None
+
+    def multiply(self, rows: torch.Tensor, transpose: bool = False) -> torch.Tensor:
+        """`rows @ M`, or `rows @ M.T`, for rows (..., d)."""
+        product = torch.zeros_like(rows)
+        if self.left is not None and self.right is not None:
+            product += rows @ self.right.mT @ self.left.mT if transpose else rows @ self.left @ self.right
+        return product if self.diagonal is None else product + rows * self.diagonal
+
+
+class TrainingProgress(NamedTuple):
+    """
+    How far training has come, which the weight of a penalty may depend on.
+
+    Attributes:
+        step (`int`): Optimizer steps that were made.
+        max_steps (`int`): Optimizer steps of the whole training.
+        num_adapters (`int`): Number of blocks with the adapter.
+    """
+
+    step: int = 0
+    max_steps: int = 1
+    num_adapters: int = 1
 
 
 class SteeringAdapter(nn.Module):
@@ -53,7 +83,7 @@ class SteeringAdapter(nn.Module):
     parametrizations work.
 
     A subclass implements [`shapes`], [`reset_parameters`] and [`forward`], and optionally [`merge`],
-    [`summed_fields`] and [`write_sum`].
+    [`summed_fields`], [`write_sum`] and [`penalty`].
 
     Args:
         width (`int`): Size `d` of the hidden state at the site.
@@ -140,6 +170,11 @@ class SteeringAdapter(nn.Module):
     def write_sum(self, parts: Sequence[tuple[float, SteeringAdapter]]) -> None:
         """Sets this adapter, whose scaling is 1, to the exact sum of `(weight, adapter)` pairs."""
         raise NotImplementedError
+
+    def penalty(self, progress: TrainingProgress) -> torch.Tensor | None:
+        """What training adds to the loss for this adapter, a scalar. Default: `None`, nothing. See
+        [`PenaltyCallback`]."""
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not in the contexts of the original."""

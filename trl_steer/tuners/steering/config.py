@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from .card import ModelCardMixin
 from .positions import ALL, first_and_last
+from .sites import Site
 
 # Activations with trainable parameters, which an adapter cannot store.
 _PARAMETRIC_ACTIVATIONS = ("prelu", "xielu")
@@ -94,6 +95,18 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
     def site(self) -> str:
         """Name of the site, one of [`SITES`]. Subclasses replace this by a field or a class attribute."""
         raise NotImplementedError
+
+    def for_block(self, name: str, site: Site) -> SteeringConfig:
+        """The configuration of the adapter in one block, where adapters differ between blocks. Default: this one.
+
+        Args:
+            name (`str`): Full name of the block.
+            site ([`Site`]): The site in this block.
+
+        Raises:
+            ValueError: The block cannot have such an adapter.
+        """
+        return self
 
     def __post_init__(self):
         super().__post_init__()

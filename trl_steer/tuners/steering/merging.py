@@ -171,7 +171,7 @@ def _updates(layer: Any, names: list[str]) -> dict[str, AffineUpdate]:
             if adapter.positions != ALL:
                 raise ValueError(f"with positions={adapter.positions!r} it edits some tokens only.")
             update = adapter.merge(layer.anatomy.site(adapter.site), layer.effective_scaling(name, adapter))
-            if adapter.site == "post_block" and update.left is not None:
+            if adapter.site == "post_block" and not update.is_offset:
                 raise ValueError(
                     "its update multiplies the residual stream including the skip connection, which no change of "
                     "weights can do."
@@ -186,10 +186,12 @@ def _sum(updates: list[AffineUpdate]) -> AffineUpdate:
     lefts = [update.left.double() for update in updates if update.left is not None]
     rights = [update.right.double() for update in updates if update.right is not None]
     offsets = [update.offset.double() for update in updates if update.offset is not None]
+    diagonals = [update.diagonal.double() for update in updates if update.diagonal is not None]
     return AffineUpdate(
         torch.cat(lefts, dim=1) if lefts else None,
         torch.cat(rights) if rights else None,
         torch.stack(offsets).sum(0) if offsets else None,
+        torch.stack(diagonals).sum(0) if diagonals else None,
     )
 
 
@@ -248,9 +250,9 @@ def _check_mergeable(
                 name, "while the weights of the block are offloaded", "Load the base model without offloading."
             )
         )
-    if update.left is not None and isinstance(wrapper, BaseTunerLayer):
+    if not update.is_offset and isinstance(wrapper, BaseTunerLayer):
         raise ValueError(_cannot_merge(name, f"into the weight of {linear_name}, which has an adapter of its own"))
-    if (update.left is not None or site.is_input) and not linear.weight.is_floating_point():
+    if (not update.is_offset or site.is_input) and not linear.weight.is_floating_point():
         raise ValueError(_cannot_merge(name, f"into {linear_name}, whose weight is quantized"))
     if update.offset is not None and linear.bias is None:
         field = "attention_bias" if anatomy.is_in_attention(linear_name) else "mlp_bias"
@@ -272,23 +274,21 @@ def _check_mergeable(
 
 def _merged(linear: Any, site: Site, update: AffineUpdate) -> Iterator[MergedTensor]:
     """The tensors of a linear layer that change when an update is merged into it, computed in float64."""
-    left, right, offset = update
     transposed = isinstance(linear, Conv1D)
-    if left is not None and right is not None:
+    if not update.is_offset:
         weight = (linear.weight.data.mT if transposed else linear.weight.data).double()
-        merged = (weight @ left) @ right if site.is_input else left @ (right @ weight)
+        merged = update.multiply(weight) if site.is_input else update.multiply(weight.mT, transpose=True).mT
         merged = (weight + merged).to(linear.weight.dtype)
         yield MergedTensor(linear.weight, linear.weight.data, (merged.mT if transposed else merged).contiguous())
     if linear.bias is not None:
         bias = linear.bias.data.double()
-        added = torch.zeros_like(bias)
-        if left is not None and right is not None and not site.is_input:
-            added += left @ (right @ bias)
-        if offset is not None and site.is_input:
-            added += (linear.weight.data.mT if transposed else linear.weight.data).double() @ offset
-        elif offset is not None:
-            added += offset
-        if offset is not None or not site.is_input:
+        added = torch.zeros_like(bias) if site.is_input else update.multiply(bias, transpose=True)
+        if update.offset is not None and site.is_input:
+            # the weight of before: an offset is not multiplied by the update
+            added += (linear.weight.data.mT if transposed else linear.weight.data).double() @ update.offset
+        elif update.offset is not None:
+            added += update.offset
+        if update.offset is not None or not site.is_input:
             yield MergedTensor(linear.bias, linear.bias.data, (bias + added).to(linear.bias.dtype))
 
 
@@ -307,10 +307,10 @@ def _temporarily_merged(tensors: list[MergedTensor]) -> Iterator[None]:
 def _random_like(update: AffineUpdate, scale: torch.Tensor) -> AffineUpdate:
     """A random update with tensors of the same shapes, about as large as a hidden state of standard deviation
     `scale`."""
-    left, right, offset = (None if part is None else torch.randn_like(part) for part in update)
+    left, right, offset, diagonal = (None if part is None else torch.randn_like(part) for part in update)
     if left is not None and right is not None:
         left, right = left / len(left) ** 0.5, right / len(right) ** 0.5
-    return AffineUpdate(left, right, None if offset is None else offset * scale.to(offset.device))
+    return AffineUpdate(left, right, None if offset is None else offset * scale.to(offset.device), diagonal)
 
 
 def _cannot_merge(layer_name: str, why: str, what_to_do: str = "") -> str:

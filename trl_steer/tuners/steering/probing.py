@@ -108,10 +108,8 @@ def output_with_update(anatomy: BlockAnatomy, site: Site, update: AffineUpdate, 
 
     def steered(hidden: torch.Tensor) -> torch.Tensor:
         h = hidden.double()
-        left, right, offset = update
-        if left is not None and right is not None:
-            h = h + h @ right.mT @ left.mT
-        return (h if offset is None else h + offset).to(hidden.dtype)
+        h = h + update.multiply(h, transpose=True)
+        return (h if update.offset is None else h + update.offset).to(hidden.dtype)
 
     def on_input(module, args, kwargs):
         if args:

@@ -35,6 +35,8 @@ _NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm"
 # Convolutions between a sublayer and the residual addition (Inkling, Inkling 2).
 _CONVOLUTIONS_AFTER_MLP = ("mlp_sconv", "post_mlp_convolution")
 _CONVOLUTIONS_AFTER_ATTENTION = ("attn_sconv", "post_attention_convolution")
+# Attributes with the size of one attention head. In latent and linear attention, values have a size of their own.
+_HEAD_DIMS = ("v_head_dim", "head_v_dim", "head_dim", "head_size", "attention_head_size")
 
 
 class Site(NamedTuple):
@@ -46,12 +48,14 @@ class Site(NamedTuple):
         module (`str`): Name of the module inside the block, `""` for the block itself.
         is_input (`bool`): Whether the hidden state is the module's input, rather than its output.
         width (`int`): Size of the hidden state's last dimension.
+        head_dim (`int`, *optional*): For `"heads"`, the part of `width` that one attention head fills, if known.
     """
 
     name: str
     module: str
     is_input: bool
     width: int
+    head_dim: int | None = None
 
 
 class BlockAnatomy:
@@ -153,7 +157,21 @@ class BlockAnatomy:
 
     def _heads(self) -> Site | None:
         module = self.attention_output()
-        return None if module is None else Site("heads", module, True, in_features(self.linear_layers()[module]))
+        if module is None:
+            return None
+        return Site("heads", module, True, in_features(self.linear_layers()[module]), self._head_dim())
+
+    def _head_dim(self) -> int | None:
+        """Size of what one head gives to the output projection. The attention knows it even where it differs between
+        blocks, and `hidden_size / num_attention_heads` is not it where the configuration has `head_dim`."""
+        inside = list(self.block.get_submodule(self.attention).modules()) if self.attention else []
+        for owner in (*inside, self.config):
+            sizes = [getattr(owner, name, None) for name in _HEAD_DIMS]
+            found = next((size for size in sizes if isinstance(size, int)), None)
+            if found is not None:
+                return found
+        heads = getattr(self.config, "num_attention_heads", None)
+        return self.hidden_size // heads if isinstance(heads, int) and heads > 0 else None
 
     def _outside_attention(self, index: int) -> str | None:
         """The first or last of the block's own linear layers outside the attention."""

@@ -155,8 +155,9 @@ class SteeringTuner(CallsMixin):
         container = f"{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}"
         expected = {}
         for block in self._matcher(config).matched():
-            width = self._new_layer(self.model.get_submodule(block)).anatomy.site(steering.site).width
-            for leaf, shape in layer_cls.adapter_class(steering).shapes(steering, width).items():
+            site = self._new_layer(self.model.get_submodule(block)).anatomy.site(steering.site)
+            shapes = layer_cls.adapter_class(steering).shapes(steering.for_block(block, site), site.width)
+            for leaf, shape in shapes.items():
                 expected[f"{PREFIX}{block}.{container}.{leaf}"] = torch.empty(shape, device="meta")
         adapter_name = next(name for name, known in self.peft_config.items() if known is config)
         check_header(adapter_name, expected, {k: t for k, t in load.header.items() if f".{container}." in k})
@@ -166,21 +167,21 @@ class SteeringTuner(CallsMixin):
     ) -> None:
         # `is_block`, because with `state_dict` PEFT injects into the modules in its keys, not those selected here.
         if self._matcher(peft_config).is_block(current_key):
-            self.steer_block(target, adapter_name, self.steering_config(peft_config))
+            self.steer_block(target, adapter_name, self.steering_config(peft_config), current_key)
             return
         others = {} if parameter_name is None else {"parameter_name": parameter_name}
         super()._create_and_replace(  # type: ignore[safe-super]
             peft_config, adapter_name, target, target_name, parent, current_key=current_key, **others
         )
 
-    def steer_block(self, block: nn.Module, adapter_name: str, config: SteeringConfig) -> None:
-        """Adds an adapter to a block, and a steering layer if the block does not have one."""
+    def steer_block(self, block: nn.Module, adapter_name: str, config: SteeringConfig, name: str = "") -> None:
+        """Adds an adapter to a block, called `name`, and a steering layer if the block does not have one."""
         layer = getattr(block, self.steering_layer_cls.layer_name, None)
         if layer is None:
             layer = self._new_layer(block)
             layer.train(block.training)
             block.add_module(layer.layer_name, layer)
-        layer.update_layer(adapter_name, config)
+        layer.update_layer(adapter_name, config.for_block(name, layer.anatomy.site(config.site)))
         if adapter_name not in self.active_adapters:
             layer.adapters[adapter_name].requires_grad_(False)
 
