@@ -32,7 +32,7 @@ from trl_steer.files import new_folder, read_json, remove, write_json
 from . import models
 from .console import Report, output_to
 
-Method = Literal["low_rank", "vector", "lora", "joint", "joint_orth"]
+Method = Literal["low_rank", "vector", "sublayer", "loreft", "lofit", "jola", "lora", "joint", "joint_orth"]
 METHODS: tuple[Method, ...] = get_args(Method)
 FORMAT = "trl_steer run 1"
 SETTINGS, ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG = (
@@ -67,9 +67,10 @@ class Settings:
         source (`dict`): Source of the benchmark's data set, for example the sizes and the seed of a generated one.
         task (`str`): The lm-eval task.
         seed (`int`): Random seed of the initial weights and the order of the examples.
-        r (`int`): Rank of LoRA and of low-rank steering.
+        r (`int`): Rank of LoRA, LoReFT and low-rank steering.
         training (`dict`): Arguments of TRL's `SFTConfig`, or of `JointOrthSFTConfig` for joint methods.
         scoring (`dict`): Arguments of lm-eval, `batch_size` and `gen_kwargs`.
+        steering (`dict`): Other fields of the configuration of steering, such as `site` and `positions`.
     """
 
     method: Method
@@ -81,6 +82,7 @@ class Settings:
     r: int
     training: Mapping[str, Any]
     scoring: Mapping[str, Any] = field(default_factory=lambda: {"batch_size": 1})
+    steering: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `settings.json`."""

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_steer import JointOrthSFTConfig, JointOrthSFTTrainer, JointSteeringConfig, PostBlockSteeringConfig
+from trl_steer import JointOrthSFTConfig, JointOrthSFTTrainer, PenaltyCallback, presets
 from trl_steer.files import read_json, write_json
 from trl_steer.tasks import load_task
 from trl_steer.trainers.callbacks import DivergenceCallback
@@ -22,12 +22,10 @@ from .runs import MARK, Settings
 
 def peft_config(settings: Settings) -> PeftConfig:
     common: dict[str, Any] = {"r": settings.r, "task_type": "CAUSAL_LM"}
-    if settings.method == "lora":
-        return LoraConfig(target_modules="all-linear", **common)
-    if settings.method in ("joint", "joint_orth"):
-        return JointSteeringConfig(steering={"r": settings.r}, **common)
-    common["steering_type"] = settings.method
-    return PostBlockSteeringConfig(**common)
+    lora = LoraConfig(target_modules="all-linear", **common) if "lora" in settings.method else None
+    if settings.method in presets.JOINT:
+        lora = LoraConfig(**common)  # without modules, all linear layers of the blocks
+    return presets.peft_config(settings.method, lora, **common, **settings.steering)
 
 
 def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None, report: Report) -> None:
@@ -51,7 +49,7 @@ def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None
         train_dataset=load_task(settings.benchmark, **settings.source)["train"],
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=peft_config(settings),
-        callbacks=[_Record(report), DivergenceCallback()],
+        callbacks=[_Record(report), DivergenceCallback(), PenaltyCallback()],
     )
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
@@ -72,7 +70,7 @@ def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], S
         "disable_tqdm": True,
         **settings.training,
     }
-    if settings.method in ("joint", "joint_orth"):
+    if settings.method in presets.JOINT:
         return JointOrthSFTTrainer, JointOrthSFTConfig(**arguments, orthogonal=settings.method == "joint_orth")
     return SFTTrainer, SFTConfig(**arguments)
 

@@ -22,6 +22,9 @@ METHODS = {
     "low_rank": "low-rank post-block steering",
     "vector": "one steering vector per block",
     "sublayer": "steering inside the blocks, at --site",
+    "loreft": "LoReFT, an edit of the hidden state in a learned subspace",
+    "lofit": "LoFiT, an offset for each attention head",
+    "jola": "JoLA, gated offsets and factors for each attention head",
     "lora": "LoRA on all linear layers of the blocks",
     "joint": "LoRA and post-block steering trained together",
     "joint_orth": "the same, in orthogonal output subspaces",
@@ -29,11 +32,16 @@ METHODS = {
 }
 STEERING_TYPES = ("low_rank", "vector")
 JOINT = ("joint", "joint_orth")
+# The sites of the methods that have several.
+SITES = {"sublayer": ("pre_mlp", "post_mlp", "post_attn"), "loreft": ("post_block", "post_mlp")}
+# Methods whose update starts with a down projection, or is a vector.
+ADDITIVE = (*STEERING_TYPES, "sublayer", *JOINT)
 
 # LoRA's targets in the authors' code: all linear layers of a Llama block.
 SEVEN_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _GRID = "the paper's text lacks the grid; this is the middle of the grid in an earlier write-up by its authors"
 _WARMUP = "the paper's text lacks the warm-up ratio; this is from the authors' code"
+_NOT_IN_CODE = "the authors' code does not have this method; this is its default for steering"
 _LORA = "the paper does not give LoRA's alpha and targets; these are from the authors' code"
 
 
@@ -91,6 +99,10 @@ def _default(method: str, task: str | None, steering_type: str) -> Settings:
         "lora": {"learning_rate": 1e-3, **lora},
         "joint": {"learning_rate": 1e-3, "steering_learning_rate": steering, **lora},
         "full": {"learning_rate": 1e-4},
+        "sublayer": {"learning_rate": steering, "site": "post_mlp"},
+        "loreft": {"learning_rate": 2e-3, "site": "post_block", "positions": "all"},
+        "lofit": {"learning_rate": 1e-2},
+        "jola": {"learning_rate": 5e-3},
     }
     values = {
         "lr_scheduler_type": "cosine",
@@ -99,7 +111,7 @@ def _default(method: str, task: str | None, steering_type: str) -> Settings:
         **_epochs(task),
         **rates.get("joint" if method in JOINT else method, {"learning_rate": steering}),
     }
-    if method not in ("lora", "full"):
+    if method in ADDITIVE:
         values["steering_init_scale"] = 1.0
     return Settings(values, {})
 
@@ -113,18 +125,23 @@ def _paper(method: str, task: str | None, steering_type: str) -> Settings:
         guessed["warmup_steps"] = _WARMUP
     elif method in JOINT:
         values |= {"learning_rate": 2e-4, "steering_learning_rate": 2e-4}
-        values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.06, "steering_init_scale": 1e-3}
+        values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
         why = "the paper does not give it for joint training; this is from the authors' code"
         guessed = dict.fromkeys(("learning_rate", "steering_learning_rate", "lr_scheduler_type", "warmup_steps"), why)
     else:
         values |= {"learning_rate": {"low_rank": 2e-3, "vector": 5e-3}[steering_type]}
-        values |= {"lr_scheduler_type": "constant", "warmup_steps": 0.0, "steering_init_scale": 1e-3}
+        values |= {"lr_scheduler_type": "constant", "warmup_steps": 0.0}
         if steering_type == "vector":
             guessed["learning_rate"] = (
                 "the paper's text lacks the grid, which is higher for vectors; this is its upper end"
             )
-    if method not in ("lora", "full"):
+    if method in ADDITIVE:
+        values["steering_init_scale"] = 1e-3
         guessed["steering_init_scale"] = "the paper does not give it; this is from the authors' code"
+    if method == "loreft":
+        values |= {"site": "post_mlp", "positions": "last_prompt"}
+    elif method == "sublayer":
+        values["site"] = "post_mlp"
     if method in ("lora", *JOINT):
         values |= {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": SEVEN_MODULES}
         guessed |= dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), _LORA)
@@ -168,8 +185,45 @@ def _steerling(method: str, task: str | None, steering_type: str) -> Settings:
         }
     if method in ("lora", *JOINT):
         values |= {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": SEVEN_MODULES}
-    if method not in ("lora", "full"):
+    if method in ADDITIVE:
         values |= {"steering_init_scale": 1e-3}
-    if method in ("lora", "full"):
+    elif method in ("lora", "full"):
         guessed["learning_rate"] = "the default of the code is meant for steering"
+    else:
+        guessed["learning_rate"] = _NOT_IN_CODE
+    if method == "loreft":
+        values |= {"site": "post_mlp", "positions": "last_prompt"}
+        guessed |= dict.fromkeys(("site", "positions"), "the authors' code does not have this method; as in the paper")
+    elif method == "sublayer":
+        values["site"] = "post_mlp"
     return Settings(values, guessed)
+
+
+def peft_config(method: str, lora: Any = None, **fields: Any) -> Any:
+    """
+    The configuration of the adapter of a method.
+
+    Args:
+        method (`str`): One of [`METHODS`] but `"full"`.
+        lora ([`~peft.LoraConfig`], *optional*): That of LoRA, which is returned for `"lora"` and is half of the
+            configuration for joint training.
+        fields: Fields of the steering configuration, for any method; those that it does not have are left out.
+    """
+    import dataclasses
+
+    import trl_steer
+
+    if method == "lora":
+        return lora
+    classes = {
+        "sublayer": trl_steer.SublayerSteeringConfig,
+        "loreft": trl_steer.LoReftConfig,
+        "lofit": trl_steer.LofitConfig,
+        "jola": trl_steer.JolaConfig,
+    }
+    config_class = classes.get(method, trl_steer.PostBlockSteeringConfig)
+    if method in STEERING_TYPES:
+        fields["steering_type"] = method
+    known = {field.name for field in dataclasses.fields(config_class)}
+    steering = config_class(**{name: value for name, value in fields.items() if name in known})
+    return trl_steer.JointSteeringConfig.from_parts(lora, steering) if method in JOINT else steering

@@ -26,6 +26,10 @@ def settings(
     held_out: int = HELD_OUT_EXAMPLES,
 ) -> Settings:
     """The settings of a run of the demo. The seed is also that of the examples."""
+    values = presets.settings("default", method, "listops_synthetic").values
+    steering: dict[str, Any] = {name: values.pop(name) for name in ("site", "positions") if name in values}
+    of_the_adapter = ("lora_", "steering_init_scale")  # the same as the defaults of the configurations
+    training = {name: value for name, value in values.items() if not name.startswith(of_the_adapter)}
     return Settings(
         method=method,
         model=model,
@@ -34,15 +38,10 @@ def settings(
         task="steer_listops_synthetic",
         seed=seed,
         r=8,
-        training=_training(method),
+        training={"max_length": None, **training},
         scoring=SCORING,
+        steering=steering,
     )
-
-
-def _training(method: Method) -> dict[str, Any]:
-    values = presets.settings("default", method, "listops_synthetic").values
-    of_the_adapter = ("lora_", "steering_init_scale")  # the same as the defaults of the configurations
-    return {"max_length": None, **{key: values[key] for key in values if not key.startswith(of_the_adapter)}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="low_rank",
-        help="low_rank: post-block steering of rank 8; vector: one vector per block; lora: PEFT's LoRA of rank 8 on "
-        "all linear layers, for comparison; joint: LoRA and low-rank steering trained together; joint_orth: the same "
-        "in orthogonal output subspaces (default: low_rank)",
+        help="; ".join(f"{name}: {presets.METHODS[name]}" for name in METHODS) + "; of rank 8 (default: low_rank)",
     )
     parser.add_argument(
         "--fast",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,7 +29,9 @@ class SteeringArguments:
 
     _argument_group_name = "steering"
 
-    method: Literal["low_rank", "vector", "sublayer", "lora", "joint", "joint_orth", "full"] = field(
+    method: Literal[
+        "low_rank", "vector", "sublayer", "loreft", "lofit", "jola", "lora", "joint", "joint_orth", "full"
+    ] = field(
         default="low_rank",
         metadata={"help": "; ".join(f"{name}: {what}" for name, what in presets.METHODS.items()) + "."},
     )
@@ -43,8 +46,18 @@ class SteeringArguments:
     steering_type: Literal["low_rank", "vector"] = field(
         default="low_rank", metadata={"help": "Type of steering for --method sublayer, joint and joint_orth."}
     )
-    site: Literal["pre_mlp", "post_mlp", "post_attn"] = field(
-        default="post_mlp", metadata={"help": "The site in a block that --method sublayer steers."}
+    site: Literal["post_block", "pre_mlp", "post_mlp", "post_attn"] = field(
+        default="post_mlp",
+        metadata={
+            "help": "The site in a block: pre_mlp, post_mlp or post_attn for --method sublayer; post_block (its "
+            "default) or post_mlp for loreft."
+        },
+    )
+    positions: str = field(
+        default="all",
+        metadata={
+            "help": "The tokens to steer: all, last_prompt, or the first and last n of the prompt, such as f7+l7."
+        },
     )
     steering_r: int = field(default=8, metadata={"help": "Rank of low-rank steering."})
     steering_activation: str | None = field(
@@ -84,6 +97,11 @@ class SteeringArguments:
     def __post_init__(self):
         if self.task_rows is not None and self.task_rows < 1:
             raise ValueError(f"--task_rows must be at least 1, got {self.task_rows}.")
+        if not re.fullmatch(r"all|last_prompt|f([1-9]\d*)\+l\1", self.positions):
+            raise ValueError(
+                f"--positions must be all, last_prompt, or such as f7+l7 with twice the same number, got "
+                f"{self.positions!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -150,10 +168,28 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
             "joint or joint_orth."
         )
     request = Request(given, ours)
+    _check_site_and_positions(request)
     for name, value in request.settings().values.items():
         if name in own:
             setattr(ours, name, value)
     return request
+
+
+def _check_site_and_positions(request: Request) -> None:
+    given, method = request.given, request.ours.method
+    if "site" in given and request.ours.site not in presets.SITES.get(method, ()):
+        choices = "; ".join(f"{', '.join(sites)} with --method {name}" for name, sites in presets.SITES.items())
+        raise ArgumentError(f"--site {request.ours.site} cannot be used with --method {method}. There are {choices}.")
+    positions = {**request.settings().values, **given}.get("positions", "all")
+    if positions == "all":
+        return
+    if method in ("lora", "full"):
+        raise ArgumentError(f"--positions {positions} cannot be used with --method {method}, which does not steer.")
+    for name in ("packing", "padding_free"):
+        if name in given and _bool(name, given[name]):
+            raise ArgumentError(
+                f"--positions {positions} cannot be used with --{name}, whose rows have no one prompt."
+            )
 
 
 def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from trl_steer import presets
 from trl_steer.integrations.trl.arguments import Request, SteeringArguments, read
 from trl_steer.integrations.trl.checks import check_paths
 from trl_steer.integrations.trl.source_arguments import ArgumentError
@@ -195,8 +196,6 @@ def peft_config(request: Request, model_args: Any) -> Any:
     """The configuration of the adapter, `None` for full fine-tuning."""
     from trl import get_peft_config
 
-    from trl_steer import JointSteeringConfig, PostBlockSteeringConfig, SublayerSteeringConfig
-
     ours = request.ours
     if ours.method == "full":
         return None
@@ -204,22 +203,20 @@ def peft_config(request: Request, model_args: Any) -> Any:
     if ours.method in ("lora", *JOINT):
         model_args.use_peft = True
         lora = get_peft_config(model_args)
-    if ours.method == "lora":
-        return lora
-    fields = {
-        "task_type": "CAUSAL_LM",
-        "steering_type": ours.steering_type,
-        "activation": ours.steering_activation,
-        "scaling": ours.steering_scaling,
-        "dropout": ours.steering_dropout,
-        "layers_to_transform": ours.steering_layers,
-        "r": ours.steering_r,
-        "init_scale": ours.steering_init_scale,
-    }
-    if ours.method == "sublayer":
-        return SublayerSteeringConfig(site=ours.site, **fields)
-    steering = PostBlockSteeringConfig(**fields)
-    return JointSteeringConfig.from_parts(lora, steering) if ours.method in JOINT else steering
+    return presets.peft_config(
+        ours.method,
+        lora,
+        task_type="CAUSAL_LM",
+        steering_type=ours.steering_type,
+        site=ours.site,
+        positions=ours.positions,
+        activation=ours.steering_activation,
+        scaling=ours.steering_scaling,
+        dropout=ours.steering_dropout,
+        layers_to_transform=ours.steering_layers,
+        r=ours.steering_r,
+        init_scale=ours.steering_init_scale,
+    )
 
 
 def _parameters(model: Any) -> tuple[int, int]:
