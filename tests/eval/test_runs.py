@@ -326,7 +326,7 @@ def test_a_full_disk_is_named_whatever_the_library_calls_it(settings, copy, monk
 
 def test_a_folder_that_cannot_be_made_is_a_line(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(runs.RunError, match="is a file. Choose a folder"):
+    with pytest.raises(runs.RunError, match=r"is a file\. Choose a folder"):
         runs.make(settings, tmp_path / "file")
     with pytest.raises(runs.RunError, match="Not a directory"):
         runs.make(settings, tmp_path / "file" / "run")
