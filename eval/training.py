@@ -59,7 +59,7 @@ def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], S
         "output_dir": str(checkpoints),
         "seed": settings.seed,
         # TRL's default saves memory, but takes more time.
-        "gradient_checkpointing": False,
+        "activation_checkpointing": settings.training.get("gradient_checkpointing", False),
         "bf16": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "logging_steps": 5,

@@ -37,7 +37,7 @@ def train(kind: str, folder: Path, processes: int) -> dict:
         learning_rate=5.0,
         per_device_train_batch_size=GLOBAL_BATCH // processes,
         gradient_accumulation_steps=2,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
     )
     assert trainer.args.world_size == processes
     assert trainer.accelerator.num_processes == processes

@@ -39,10 +39,7 @@ class Reference:
 
 
 def load(folder: Path | None = None, with_gamed: bool = True) -> Reference:
-    """Loads the reference set from the Hub, or from a folder with copies of the files.
-
-    Raises `ValueError` if a file is missing, or rows or columns are.
-    """
+    """Loads the reference set from the Hub or a folder. Raises `ValueError` if files, rows or columns are missing."""
     paths = {name: _find(name, folder) for name in (BASELINE, GAMED)[: 2 if with_gamed else 1]}
     try:
         rows = json.loads(paths[BASELINE].read_text(encoding="utf-8"))

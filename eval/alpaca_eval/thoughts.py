@@ -19,10 +19,7 @@ class Output(NamedTuple):
 
 
 def split(text: str, pattern: re.Pattern[str] | None) -> Output:
-    """Separates the matches of `pattern`, if there is one, from the rest of a text, and strips whitespace.
-
-    If a thought is truncated, the answer is empty.
-    """
+    """Separates the matches of `pattern` from the rest of a text. After a truncated thought, the rest is empty."""
     if pattern is None:
         return Output(text.strip())
     thought = "".join(found.group() for found in pattern.finditer(text))

@@ -1,7 +1,4 @@
-"""Imports the package `alpaca-eval`.
-
-Version 0.6.6 needs `pkg_resources`, which setuptools 82 no longer has, and changes the level of the root logger.
-"""
+"""Imports the package `alpaca-eval` 0.6.6, which needs `pkg_resources` and changes the level of the root logger."""
 
 import functools
 import importlib

@@ -125,7 +125,8 @@ def _device(request: Request) -> dict[str, Any]:
         return {}
     if not torch.accelerator.is_available():
         print("Training on the CPU in float32.", flush=True)
-        return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+        checkpointing = {} if "gradient_checkpointing" in request.given else {"activation_checkpointing": False}
+        return {"use_cpu": True, "bf16": False, **checkpointing}
     device = torch.accelerator.current_accelerator()
     wanted = request.settings().values.get("bf16", True)
     bf16 = bool(wanted) and device is not None and (device.type != "cuda" or torch.cuda.is_bf16_supported())

@@ -48,8 +48,10 @@ def test_checkpointing_modes_train_alike(use_reentrant, family, tmp_path):
         trainer.train()
         return snapshot(trainer.model), logged(trainer, "loss")
 
-    expected, expected_losses = train(gradient_checkpointing=False)
-    actual, losses = train(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    expected, expected_losses = train(activation_checkpointing=False)
+    actual, losses = train(
+        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": use_reentrant}
+    )
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

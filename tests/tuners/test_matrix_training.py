@@ -22,7 +22,7 @@ def gradients(model, checkpointing=None) -> dict[str, torch.Tensor]:
     model.train()
     if checkpointing is not None:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        model.activation_checkpointing_enable(checkpointing)
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == bool(checkpointing)
     torch.manual_seed(0)  # some families drop out by default
     loss_of(model).backward()

@@ -82,7 +82,7 @@ def steered(model, tokenizer):
         train_sampling_strategy="sequential",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         report_to=[],
         save_strategy="no",
         logging_steps=10,

@@ -85,6 +85,13 @@ class PostBlockSteeringConfig(AdditiveSteeringConfig):
 
     Reference: "Weight Updates as Activation Shifts" (arXiv 2603.00425), section 5.1; `steering_type="vector"` is
     "1-vec" in Table 2.
+
+    Args:
+        kwargs: The fields of [`AdditiveSteeringConfig`] and [`SteeringConfig`].
+
+    Raises:
+        ValueError: A field has an invalid value.
+        TypeError: A field has a value of the wrong type.
     """
 
     site: ClassVar[str] = "post_block"
