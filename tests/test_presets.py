@@ -13,7 +13,10 @@ CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0.0}
 PAPER = {
     "low_rank": {**CONSTANT, "learning_rate": 2e-3, "steering_init_scale": 1e-3},
     "vector": {**CONSTANT, "learning_rate": 5e-3, "steering_init_scale": 1e-3},
-    "sublayer": {**CONSTANT, "learning_rate": 2e-3, "steering_init_scale": 1e-3},
+    "sublayer": {**CONSTANT, "learning_rate": 2e-3, "steering_init_scale": 1e-3, "site": "post_mlp"},
+    "loreft": {**CONSTANT, "learning_rate": 2e-3, "site": "post_mlp", "positions": "last_prompt"},
+    "lofit": {**CONSTANT, "learning_rate": 2e-3},
+    "jola": {**CONSTANT, "learning_rate": 2e-3},
     "lora": {"lr_scheduler_type": "cosine", "learning_rate": 3e-4, "lora_r": 8},
     "full": {"lr_scheduler_type": "cosine", "learning_rate": 2e-5},
 }
@@ -96,13 +99,22 @@ def test_steerling_tunes_instructions_in_bf16_with_a_cosine():
 
 
 @pytest.mark.parametrize(
-    ("method", "rate"), [("low_rank", 2e-3), ("vector", 1e-2), ("lora", 1e-3), ("joint_orth", 1e-3), ("full", 1e-4)]
+    ("method", "rate"),
+    [
+        *[("low_rank", 2e-3), ("vector", 1e-2), ("lora", 1e-3), ("joint_orth", 1e-3), ("full", 1e-4)],
+        *[("loreft", 2e-3), ("lofit", 1e-2), ("jola", 5e-3)],
+    ],
 )
 def test_default_is_the_demos(method, rate):
     wanted = {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "num_train_epochs": 1}
     assert subset(settings("default", method, "listops").values, wanted) == wanted
     if method == "joint_orth":
         assert settings("default", method).values["steering_learning_rate"] == 2e-3
+
+
+@pytest.mark.parametrize("method", ["loreft", "lofit", "jola", "lora", "full"])
+def test_what_the_authors_code_lacks_is_marked_as_guessed(method):
+    assert "learning_rate" in settings("steerling", method, "boolq").guessed
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 _SECONDS = 5
+_KINDS = {"config.json": "model", "adapter_config.json": "adapter"}
 
 
 def check_folder(name: str, config: str = "config.json") -> None:
@@ -18,8 +19,7 @@ def check_folder(name: str, config: str = "config.json") -> None:
     """
     path = Path(name).expanduser()
     if path.exists() and not (path / config).is_file():
-        kind = "a checkpoint" if config == "config.json" else "an adapter"
-        raise FileNotFoundError(f"{name} is not the folder of {kind}: there is no {config}.")
+        raise FileNotFoundError(f"{name} is not the folder of a saved {_KINDS[config]}: there is no {config}.")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"There is no folder {name}. A Hub id has the form OWNER/NAME.")
 

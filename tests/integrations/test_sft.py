@@ -71,6 +71,9 @@ def test_an_adapter_with_a_penalty_is_trained_under_it(recipe, tmp_path, monkeyp
 METHODS = {
     "vector": ("POST_BLOCK_STEERING", []),
     "sublayer": ("SUBLAYER_STEERING", ["--site", "pre_mlp"]),
+    "loreft": ("LOREFT", ["--site", "post_mlp"]),
+    "lofit": ("LOFIT", []),
+    "jola": ("JOLA", []),
     "lora": ("LORA", ["--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]),
     "joint": ("JOINT_STEERING", ["--lora_r", "2"]),
     "joint_orth": ("JOINT_STEERING", ["--lora_r", "2", "--steering_r", "2"]),
@@ -84,6 +87,13 @@ def test_every_method_trains_its_adapter(method, recipe, tmp_path):
     assert sft.main([*argv, *more]) == 0
     assert PeftConfig.from_pretrained(tmp_path).peft_type == peft_type
     AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["loreft", "low_rank", "jola"])
+def test_positions_reach_training_on_prompts_and_completions(method, recipe, tmp_path):
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--method", method, "--max_steps", "2"]
+    assert sft.main([*argv, "--positions", "f2+l2"]) == 0
+    assert PeftConfig.from_pretrained(tmp_path).positions == "f2+l2"
 
 
 def test_full_trains_the_model_itself(recipe, tmp_path):

@@ -1,6 +1,7 @@
 """The arguments of `trl-steer sft`: read once, checked before anything heavy is imported, and helped with."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,26 @@ def test_every_argument_of_steering_reaches_the_configuration():
     assert config.layers_to_transform == [0, 2]
     sublayer = sft.peft_config(read(["--method", "sublayer", "--site", "pre_mlp", "--steering_type", "vector"]), None)
     assert (sublayer.site, sublayer.steering_type) == ("pre_mlp", "vector")
+    loreft = sft.peft_config(read(["--method", "loreft", "--preset", "paper", "--steering_r", "4"]), None)
+    assert (loreft.site, loreft.positions, loreft.r) == ("post_mlp", "last_prompt", 4)
+    assert sft.peft_config(read(["--method", "loreft"]), None).site == "post_block"
+    assert sft.peft_config(read(["--method", "jola", "--positions", "f7+l7"]), None).positions == "f7+l7"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--method", "lofit", "--site", "pre_mlp"], "--site pre_mlp cannot be used with --method lofit"),
+        (["--method", "sublayer", "--site", "post_block"], "--site post_block cannot be used"),
+        (["--positions", "f7+l6"], "--positions must be"),
+        (["--positions", "f7+l7", "--packing", "true"], "cannot be used with --packing"),
+        (["--method", "loreft", "--preset", "paper", "--padding_free", "true"], "cannot be used with --padding_free"),
+        (["--method", "lora", "--positions", "last_prompt"], "does not steer"),
+    ],
+)
+def test_sites_and_positions_that_a_method_cannot_have_are_refused(argv, said):
+    with pytest.raises(ArgumentError, match=re.escape(said)):
+        read(argv)
 
 
 def test_json_lines_are_checked_to_the_last(tmp_path):
