@@ -13,7 +13,6 @@ one that is finished is taken as it is. Importing this loads nothing heavy.
 
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from trl_steer.extras import require
 from trl_steer.files import new_folder, read_json, remove, write_json
 
 from . import models
@@ -216,9 +216,8 @@ def make(
     if run.settings == settings.to_dict() and run.is_finished(settings.task, score_base) and not overwrite:
         report.note("This run is finished; what follows is what it left.")
         return run
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RunError("lm-eval, which scores, is not installed: pip install 'trl-steer[demo]'")
     try:
+        require("eval", "lm_eval")
         _check_ours(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         with _locked(run.folder):
@@ -230,7 +229,7 @@ def make(
                     with suppress(OSError), run.log.open("a", encoding="utf-8") as log:  # the disk may be full
                         traceback.print_exc(file=log)
                     raise RunError(_reason(error, run)) from error
-    except OSError as error:
+    except (ImportError, OSError) as error:
         raise RunError(_reason(error, run)) from error
     return run
 

@@ -67,9 +67,7 @@ class _Version(argparse.Action):
     """argparse's own wants the version in advance, and finding it takes longer than the rest of `--help`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from trl_steer import __version__
-
-        print(f"trl-steer {__version__}")
+        print(f"trl-steer {importlib.import_module('trl_steer').__version__}")
         parser.exit()
 
 

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trl_steer.extras import require
+
 
 def folder() -> Path:
     """Where the package lies, without importing it. Raises `ImportError` if it is not installed."""
-    found = importlib.util.find_spec("alpaca_eval")
-    if found is None or found.origin is None:
-        raise ImportError("Judging and submissions need the package alpaca-eval: pip install 'trl-steer[alpaca]'")
-    return Path(found.origin).parent
+    require("alpaca", "alpaca_eval")
+    spec: Any = importlib.util.find_spec("alpaca_eval")
+    return Path(spec.origin).parent
 
 
 @functools.cache

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from trl_steer.extras import require
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
     """Runs lm-eval on `argv` (default: that of the process), which may name our tasks beside lm-eval's and the user's.
@@ -13,12 +15,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
     Returns the exit status: 1 if lm-eval is not installed.
     """
     try:
-        from lm_eval.__main__ import HarnessCLI, setup_logging
+        require("eval", "lm_eval")
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        print("lm-eval is not installed: pip install 'trl-steer[eval]'", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
+    from lm_eval.__main__ import HarnessCLI, setup_logging
+
     import trl_steer  # noqa: F401  (registers our PEFT types)
 
     before = sys.argv
