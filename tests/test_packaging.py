@@ -1,6 +1,7 @@
 """Wheels and editable installs hold the same things, and uninstalling leaves nothing behind. Nothing is downloaded."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,36 @@ def test_uninstalling_leaves_nothing_behind(how, source, wheel, tmp_path):
     environment.pip("uninstall", "--yes", "trl-steer")
     assert environment.contents() == environment.empty
     assert "trl_steer" not in environment.run("-c", "import sys; print(sys.meta_path)")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("variable", ["HF_HOME", "XDG_CACHE_HOME", "HF_ASSETS_CACHE", "HOME"])
+def test_clean_removes_what_was_made_here_and_nothing_that_is_the_users(variable, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), variable: str(tmp_path / "a cache")}
+    code = """
+from pathlib import Path
+from trl_steer.eval import models
+models.importlib.metadata.version = lambda _: "1"
+models._convert = lambda gguf, folder: (folder / "config.json").touch()
+print(models._converted(Path("model.gguf"), lambda _: None))
+"""
+    checkout = copy_checkout(tmp_path / "checkout")
+    shutil.copy(CHECKOUT / "Makefile", checkout)
+    with_path = environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, env=with_path, capture_output=True, text=True, check=True)
+    model = Path(ran.stdout.strip())
+    judged = model.parents[2] / "alpaca_eval"
+    for folder in ("demo-run", "demo-run-2", "outputs", "eval/__pycache__", "my-runs"):
+        (checkout / folder).mkdir()
+    judged.mkdir(parents=True)
+    assert (model / "config.json").is_file()
+    subprocess.run(["make", "clean"], cwd=checkout, env=environment, check=True)
+    assert not model.exists()
+    assert judged.is_dir()
+    assert (checkout / "my-runs").is_dir()
+    left = {path.name for path in checkout.rglob("*")}
+    assert not left & {"demo-run", "demo-run-2", "outputs", "__pycache__"}
 
 
 def test_wheel_holds_no_bytecode_and_no_tests(wheel):
