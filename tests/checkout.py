@@ -8,6 +8,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 def copy_checkout(target: Path) -> Path:
     """Copies what a build reads, and what lints it, into the folder `target`."""
+    target.mkdir(exist_ok=True)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, target)
     for name in (".ci", "trl_steer", "eval", "integrations"):

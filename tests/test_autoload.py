@@ -1,13 +1,17 @@
 """Our PEFT types are there as soon as `peft` is, whoever imports it and in whatever order."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
+
+import trl_steer
 
 NO_AUTOLOAD = 'import os; os.environ["TRL_STEER_NO_AUTOLOAD"] = "1"\n'
 
@@ -287,32 +291,75 @@ def test_broken_package_breaks_peft_not_even_where_warnings_are_errors(damage):
     assert "trl_steer could not register its PEFT types" in ran.stderr
 
 
-@pytest.mark.parametrize("name", ["trl_steer.py", "trl_steer/notes.txt"])
-def test_what_has_our_name_in_the_working_directory_is_not_run(name, tmp_path):
-    file = tmp_path / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("print('run')\nimport peft\n")
+def import_peft(folder, python_path="") -> subprocess.CompletedProcess:
+    """Imports `peft` with `folder` as the working directory; a stand-in, since it is about what follows."""
+    (folder / "peft.py").touch()
+    environment = os.environ | ({"PYTHONPATH": str(python_path)} if python_path else {})
     command = [sys.executable, "-c", "import peft; print('went on')"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+
+
+def plant(folder, *names) -> None:
+    """Files that say when they are run."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("print('run')")
+
+
+USERS_OWN = ["trl_steer.py"], ["trl_steer/notes.txt"], ["trl_steer/__init__.py", "trl_steer/autoload.py"]
+LIKE_OURS = ["trl_steer/__init__.py", "trl_steer/site_packages/trl_steer_autoload.py"]
+
+
+@pytest.mark.parametrize("names", [*USERS_OWN, LIKE_OURS], ids=lambda names: names[-1])
+def test_what_has_our_name_in_the_working_directory_is_not_run(names, tmp_path):
+    plant(tmp_path, *names)
+    result = import_peft(tmp_path)
     assert result.stdout == "went on\n"
-    if file.suffix == ".py":
-        assert "trl_steer.py" in result.stderr  # found in place of the package, and said
+    # A folder that is no package stands behind an installed one, but before the finder of an editable install.
+    if "notes" not in names[-1]:
+        assert f"should find the installed package, and finds {tmp_path}" in result.stderr
+
+
+def test_what_has_our_name_on_the_python_path_is_run_only_if_it_is_ours(tmp_path):
+    users, ours = tmp_path / "users", tmp_path / "ours"
+    plant(users, "trl_steer.py")
+    plant(ours, *LIKE_OURS)
+    assert import_peft(users, users).stdout == "went on\n"
+    assert import_peft(ours, ours).stdout == "run\nwent on\n"
 
 
 def test_script_with_our_name_runs_once(tmp_path):
     script = tmp_path / "trl_steer.py"
     script.write_text("print('run')\nimport peft\n")
+    (tmp_path / "peft.py").touch()
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout == "run\n"
 
 
-def test_bare_interpreter_imports_nothing_of_ours():
-    # an editable install has a finder of setuptools' own
-    result = run_python("import sys; print([n for n in sys.modules if n.startswith('trl')])", "-X", "importtime")
+def test_finder_imports_nothing_when_it_is_made_nor_when_it_is_asked(tmp_path):
+    (tmp_path / "peft.py").touch()
+    folder = Path(trl_steer.__file__).parent / "site_packages"
+    code = f"""
+import sys
+before = set(sys.modules)
+sys.path += [{str(folder)!r}, {str(tmp_path)!r}]
+import trl_steer_autoload
+assert trl_steer_autoload.find_spec("json") is None
+assert trl_steer_autoload.find_spec("peft").origin
+try:
+    trl_steer_autoload.find_spec("trl_steer")
+except ImportError as error:
+    assert "was moved or deleted" in str(error)
+print(set(sys.modules) - before)
+"""
+    assert run_python(code, "-I", "-S").stdout == "{'trl_steer_autoload'}\n"
+
+
+def test_start_of_the_interpreter_imports_the_finder_alone():
+    result = run_python("import sys; print([n for n in sys.modules if n.startswith('trl')])")
     assert result.stdout == "['trl_steer_autoload']\n"
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert {"site", "trl_steer_autoload"} <= imported
-    assert not imported & {"trl_steer", "importlib.util", "importlib.metadata", "torch", "peft"}
     finders = run_python("import sys; print([getattr(f, '__name__', '') for f in sys.meta_path])").stdout
     assert finders.count("trl_steer_autoload") == 1
 
@@ -323,8 +370,6 @@ def test_importing_the_package_alone_is_light():
 
 
 def test_dir_and_unknown_names_of_the_package():
-    import trl_steer
-
     assert "PostBlockSteeringConfig" in dir(trl_steer)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = trl_steer.no_such_name

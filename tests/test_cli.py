@@ -52,22 +52,6 @@ def test_lm_eval_gets_its_arguments_unchanged(capsys):
     assert sys.argv == argv
 
 
-class Hidden:
-    """Finds no lm-eval, as where it is not installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name == "lm_eval":
-            raise ModuleNotFoundError("No module named 'lm_eval'", name=name)
-
-
-def test_lm_eval_that_is_not_installed_is_one_line(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
-    assert cli.main(["lm-eval", "run", "--tasks", "steer_six"]) == 1
-    assert capsys.readouterr().err == "lm-eval is not installed: pip install 'trl-steer[eval]'\n"
-
-
 def test_tasks_prints_the_folder_of_the_lm_eval_tasks(capsys):
     assert cli.main(["tasks"]) == 0
     (folder,) = capsys.readouterr().out.splitlines()

@@ -1,6 +1,7 @@
 """Wheels and editable installs hold the same things, and uninstalling leaves nothing behind. Nothing is downloaded."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -19,19 +20,19 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="paths of a POSI
 
 
 def call(*command, cwd) -> str:
-    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    # Bytecode that is written while something runs has to go with it too.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    words = [str(part) for part in command]
+    result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def build(kind: str, source: Path, output: Path) -> tuple[Path, str]:
-    """Builds with the project's own backend. Returns the archive, and what was printed on the error stream."""
-    code = f"import setuptools.build_meta as b, sys; b.build_{kind}(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(output)]
-    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+def build(kind: str, source: Path, output: Path) -> Path:
+    """Builds with the project's own backend. Returns the archive."""
+    call(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_{kind}({str(output)!r})", cwd=source)
     (archive,) = output.iterdir()
-    return archive, result.stderr
+    return archive
 
 
 class Environment:
@@ -47,19 +48,23 @@ class Environment:
         (self.site_packages / "dependencies.pth").write_text(f"{outside}\n")
         self.empty = self.contents()
 
-    def contents(self) -> set[str]:
-        files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if not path.is_dir())
-        return {str(path) for path in files if "__pycache__" not in path.parts}
+    def contents(self) -> set[Path]:
+        return set(self.folder.rglob("*"))
 
     def pip(self, *arguments) -> str:
         options = ("--disable-pip-version-check", "--no-input")
         return call(sys.executable, "-m", "pip", "--python", self.python, *arguments, *options, cwd=self.folder)
 
-    def install(self, *what) -> None:
-        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", *what)
+    def install(self, how: str, source: Path, wheel: Path | None = None) -> None:
+        what = {
+            "wheel": [wheel],
+            "editable": ["--editable", source],
+            "strict": ["--editable", source, "--config-settings", "editable_mode=strict"],
+        }
+        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", *what[how])
 
-    def run(self, code: str) -> str:
-        return call(self.python, "-c", code, cwd=self.folder)
+    def run(self, *arguments: str) -> str:
+        return call(self.python, *arguments, cwd=self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +79,13 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    return build("wheel", source, tmp_path_factory.mktemp("wheel"))[0]
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable"])
-def installed(request, source, tmp_path_factory) -> Environment:
+@pytest.fixture(scope="module", params=["wheel", "editable", "strict"])
+def installed(request, source, wheel, tmp_path_factory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp(request.param))
-    if request.param == "wheel":
-        environment.install(request.getfixturevalue("wheel"))
-    else:
-        environment.install("--editable", source)
+    environment.install(request.param, source, wheel)
     return environment
 
 
@@ -110,7 +112,8 @@ def test_top_of_site_packages_holds_our_package_and_the_autoload_files_alone(ins
     added = {path.name for path in installed.site_packages.iterdir()} - {"dependencies.pth", "__pycache__"}
     (dist_info,) = (name for name in added if name.endswith(".dist-info"))
     assert dist_info.startswith("trl_steer-")
-    assert added - {dist_info} - {"trl_steer"} == AUTOLOAD
+    setuptools_own = {name for name in added if name.startswith("__editable__")}
+    assert added - {dist_info} - {"trl_steer"} - setuptools_own == AUTOLOAD
 
 
 def test_every_module_is_found_under_our_name(installed, source):
@@ -134,7 +137,7 @@ for name in {names!r}:
 for name in ("eval", "integrations", "tests"):
     assert importlib.util.find_spec(name) is None, name
 """
-    installed.run(code)
+    installed.run("-c", code)
 
 
 def test_yaml_files_are_found_as_resources(installed, source):
@@ -152,7 +155,7 @@ def walk(folder, name):
 for name in ("eval", "integrations"):
     walk(importlib.resources.files(f"trl_steer.{name}"), f"trl_steer/{name}")
 """
-    assert set(installed.run(code).splitlines()) == expected
+    assert set(installed.run("-c", code).splitlines()) == expected
 
 
 def test_peft_knows_our_types_without_importing_us(installed):
@@ -160,66 +163,131 @@ def test_peft_knows_our_types_without_importing_us(installed):
 import sys
 finders = [getattr(finder, "__name__", "") for finder in sys.meta_path]
 assert finders.count("trl_steer_autoload") == 1, finders
-assert [name for name in sys.modules if "steer" in name] == ["trl_steer_autoload"]
+assert [name for name in sys.modules if name.startswith("trl_steer")] == ["trl_steer_autoload"]
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 print(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.POST_BLOCK_STEERING].__name__)
 import trl_steer
 print(trl_steer.__file__)
 """
-    name, file = installed.run(code).splitlines()
+    name, file = installed.run("-c", code).splitlines()
     assert name == "PostBlockSteeringConfig"
     assert not Path(file).is_relative_to(CHECKOUT)
 
 
-def test_bare_start_imports_nothing_more(installed):
-    code = "import sys; print(sorted(sys.modules))"
-    without = call(sys.executable, "-I", "-S", "-c", code, cwd=installed.folder)
-    for name in ("pathlib", "importlib.util", "importlib.metadata", "re", "typing", "warnings"):
-        expected = f"'{name}'" in without
-        assert (f"'{name}'" in installed.run(code)) == expected, name
+def test_wheel_adds_one_module_to_a_bare_start(source, wheel, tmp_path):
+    environment = Environment(tmp_path / "env")
+    names = ("-c", "import sys; print(*sys.modules)")
+    before = set(environment.run(*names).split())
+    environment.install("wheel", source, wheel)
+    assert set(environment.run(*names).split()) - before == {"trl_steer_autoload"}
 
 
-def test_console_command_is_installed(installed):
-    assert (installed.folder / "bin" / "trl-steer").is_file()
+def test_commands_run(installed):
+    command = installed.folder / "bin" / "trl-steer"
+    assert call(command, "--version", cwd=installed.folder).startswith("trl-steer 0")
+    tasks = call(command, "tasks", cwd=installed.folder).strip()
+    assert (Path(tasks) / "steer" / "steer_six.yaml").is_file()
+    assert installed.run("-m", "trl_steer.integrations.trl.sft", "--dry_run", "--method", "vector")
+
+
+def test_what_is_pickled_opens_in_another_process(installed):
+    code = "import pickle; from trl_steer.eval.runs import Settings; print(pickle.dumps(Settings).hex())"
+    data = installed.run("-c", code).strip()
+    code = f"import pickle; print(pickle.loads(bytes.fromhex({data!r})).__module__)"
+    assert installed.run("-c", code) == "trl_steer.eval.runs\n"
 
 
 def test_editable_install_follows_the_checkout(source, tmp_path):
     environment = Environment(tmp_path / "env")
-    environment.install("--editable", source)
+    environment.install("editable", source)
     for folder in ("eval", "integrations"):
         (source / folder / "written_later.py").write_text("value = 7")
         try:
             code = f"from trl_steer.{folder}.written_later import value; print(value)"
-            assert environment.run(code) == "7\n"
+            assert environment.run("-c", code) == "7\n"
         finally:
             (source / folder / "written_later.py").unlink()
 
 
-def test_another_checkout_on_the_path_goes_before_an_editable_install(source, tmp_path):
+@pytest.mark.parametrize("how", ["editable", "strict"])
+def test_checkout_that_is_gone_is_said_by_our_import_and_breaks_no_other(how, tmp_path):
+    source = copy_checkout(tmp_path / "source")
     environment = Environment(tmp_path / "env")
-    environment.install("--editable", source)
-    other = shutil.copytree(source, tmp_path / "other")
-    code = f"""
-import sys
-sys.path.insert(0, {str(other)!r})
-import trl_steer, trl_steer.eval, trl_steer.integrations.trl
-for module in (trl_steer, trl_steer.eval, trl_steer.integrations.trl):
-    print(module.__file__)
+    environment.install(how, source)
+    (environment.site_packages / "peft.py").touch()  # a stand-in, before the real one
+    source.rename(tmp_path / "moved")
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft
+print(len(caught), "pip install --editable" in str(caught[0].message))
+try:
+    import trl_steer
+except ImportError as error:
+    print(error)
 """
-    files = environment.run(code).splitlines()
-    expected = ["trl_steer/__init__.py", "eval/__init__.py", "integrations/trl/__init__.py"]
-    assert files == [str(other / name) for name in expected]
+    warned, said = environment.run("-c", code).splitlines()
+    assert warned == "1 True"
+    assert "was moved or deleted. Install it again" in said
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_uninstalling_leaves_nothing_behind(kind, source, wheel, tmp_path):
+def test_compat_mode_which_would_install_something_else_is_refused(source, tmp_path):
+    code = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r}, {{'editable_mode': 'compat'}})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "ValueError: editable_mode=compat was given" in result.stderr
+
+
+def test_wheel_without_its_metadata_registers_and_runs(source, wheel, tmp_path):
     environment = Environment(tmp_path / "env")
-    environment.install(*([wheel] if kind == "wheel" else ["--editable", source]))
+    environment.install("wheel", source, wheel)
+    (dist_info,) = environment.site_packages.glob("trl_steer-*.dist-info")
+    shutil.rmtree(dist_info)
+    assert environment.run("-c", "import peft; print('POST_BLOCK_STEERING' in list(peft.PeftType))") == "True\n"
+    assert environment.run("-m", "trl_steer.cli", "--version").startswith("trl-steer 0")
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable", "strict"])
+def test_uninstalling_leaves_nothing_behind(how, source, wheel, tmp_path):
+    environment = Environment(tmp_path / "env")
+    environment.install(how, source, wheel)
+    assert environment.run("-m", "trl_steer.cli", "--version")
     assert environment.contents() != environment.empty
     environment.pip("uninstall", "--yes", "trl-steer")
     assert environment.contents() == environment.empty
-    assert "trl_steer" not in environment.run("import sys; print(sys.meta_path)")
+    assert "trl_steer" not in environment.run("-c", "import sys; print(sys.meta_path)")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("variable", ["HF_HOME", "XDG_CACHE_HOME", "HF_ASSETS_CACHE", "HOME"])
+def test_clean_removes_what_was_made_here_and_nothing_that_is_the_users(variable, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), variable: str(tmp_path / "a cache")}
+    code = """
+from pathlib import Path
+from trl_steer.eval import models
+models.importlib.metadata.version = lambda _: "1"
+models._convert = lambda gguf, folder: (folder / "config.json").touch()
+print(models._converted(Path("model.gguf"), lambda _: None))
+"""
+    checkout = copy_checkout(tmp_path / "checkout")
+    shutil.copy(CHECKOUT / "Makefile", checkout)
+    with_path = environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, env=with_path, capture_output=True, text=True, check=True)
+    model = Path(ran.stdout.strip())
+    judged = model.parents[2] / "alpaca_eval"
+    for folder in ("demo-run", "demo-run-2", "outputs", "eval/__pycache__", "my-runs"):
+        (checkout / folder).mkdir()
+    judged.mkdir(parents=True)
+    assert (model / "config.json").is_file()
+    subprocess.run(["make", "clean"], cwd=checkout, env=environment, check=True)
+    assert not model.exists()
+    assert judged.is_dir()
+    assert (checkout / "my-runs").is_dir()
+    left = {path.name for path in checkout.rglob("*")}
+    assert not left & {"demo-run", "demo-run-2", "outputs", "__pycache__"}
 
 
 def test_wheel_holds_no_bytecode_and_no_tests(wheel):
@@ -230,16 +298,11 @@ def test_wheel_holds_no_bytecode_and_no_tests(wheel):
 
 
 def test_wheel_from_the_source_archive_is_the_same(source, wheel, tmp_path):
-    archive, _ = build("sdist", source, tmp_path / "sdist")
+    archive = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    again, _ = build("wheel", unpacked, tmp_path / "wheel")
+    again = build("wheel", unpacked, tmp_path / "wheel")
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
         assert all(first.read(name) == second.read(name) for name in AUTOLOAD)
-
-
-def test_editable_build_prints_no_warning(source, tmp_path):
-    _, messages = build("editable", source, tmp_path)
-    assert "warning" not in messages.lower(), messages

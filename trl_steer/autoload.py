@@ -3,11 +3,13 @@
 PEFT has no plugin interface. So that stock programs (`lm_eval`, `trl`, a notebook) load our adapter folders without
 importing us, the installed package puts `trl_steer_autoload.pth` into site-packages. Its one line runs at every start
 of the interpreter, twice in a virtual environment, and imports `trl_steer_autoload`, the finder beside it. A module's
-bytecode is cached and runs once; code in the line itself would be compiled at each start. That finder compares one
-string for every import, and for `peft` gives the spec that the other finders give; only its loader's `exec_module` is
+bytecode is cached and runs once; code in the line itself would be compiled at each start. That finder compares two
+strings for every import, and for `peft` gives the spec that the other finders give; only its loader's `exec_module` is
 wrapped, so that [`register`] follows the real import, unless the environment variable `TRL_STEER_NO_AUTOLOAD=1` says
 not to. `importlib.util.find_spec("peft")`, which transformers calls many times to see whether PEFT is there,
 therefore changes nothing.
+
+The finder also says why `import trl_steer` fails where the checkout of an editable install is gone.
 """
 
 import sys

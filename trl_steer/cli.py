@@ -66,9 +66,7 @@ class _Version(argparse.Action):
     """argparse's own action needs the version in advance, and reading it would slow down `--help`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from importlib.metadata import version
-
-        print(f"trl-steer {version('trl-steer')}")
+        print(f"trl-steer {importlib.import_module('trl_steer').__version__}")
         parser.exit()
 
 

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from trl_steer.extras import require
+
 from . import thoughts
 
 # Attempts of a request whose answer is not a completion. Unlike a busy server, this seldom passes.
@@ -44,6 +46,7 @@ class Client:
     def __init__(
         self, endpoint: str, key: str | None = None, in_flight: int = 5, retries: int = 8, timeout: float = 120.0
     ):
+        require("alpaca", "openai")
         import openai
 
         self.endpoint, self.in_flight, self.retries, self.timeout = endpoint, in_flight, retries, timeout

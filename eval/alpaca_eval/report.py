@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from trl_steer.extras import require
 from trl_steer.files import read_json
 
 from .generation import SETTINGS
@@ -93,10 +94,9 @@ def _cell(value: float | None) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Plots length-controlled win rates with their standard errors to an image file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib. Run `pip install 'trl-steer[analysis]'`.") from error
+    require("alpaca", "matplotlib")
+    from matplotlib.figure import Figure
+
     drawn = [row for row in reversed(rows) if not math.isnan(row.numbers[0] or math.nan)]
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(drawn)), layout="constrained")
     axes = figure.subplots()

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trl_steer.extras import require
+
 
 def folder() -> Path:
     """The package's folder, without importing it. Raises `ImportError` if it is not installed."""
-    found = importlib.util.find_spec("alpaca_eval")
-    if found is None or found.origin is None:
-        raise ImportError("The package alpaca-eval is not installed. Run `pip install 'trl-steer[alpaca]'`.")
-    return Path(found.origin).parent
+    require("alpaca", "alpaca_eval")
+    spec: Any = importlib.util.find_spec("alpaca_eval")
+    return Path(spec.origin).parent
 
 
 @functools.cache

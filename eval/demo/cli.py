@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from trl_steer.extras import require
+
 from .. import models, runs
 from ..console import Console
 from . import preset
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer demo") -> int
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console()
     try:
+        require("demo", "lm_eval", "scipy")
         models.check(settings.model)
         if args.fast:
             console.note("--fast only shows that everything works. It is too short for a significant result.")
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer demo") -> int
         from . import report
 
         report.show(run)
-    except (runs.RunError, OSError) as error:
+    except (runs.RunError, ImportError, OSError) as error:
         console.close()
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1

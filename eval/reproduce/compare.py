@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trl_steer.extras import require
 from trl_steer.statistics import exact_mcnemar, paired_bootstrap
 
 from ..runs import Run, RunError, open_run
@@ -19,8 +20,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer compare") -> 
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
     args = parser.parse_args(argv)
     try:
+        require("eval", "scipy")
         print("\n\n".join(compare(*map(open_run, args.runs))))
-    except (RunError, OSError) as error:
+    except (RunError, ImportError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     return 0

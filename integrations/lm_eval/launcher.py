@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from trl_steer.extras import require
 from trl_steer.integrations.lm_eval.checks import RequestError, check
 
 
@@ -17,12 +18,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        from lm_eval.__main__ import HarnessCLI, setup_logging
+        require("eval", "lm_eval")
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        print("lm-eval is not installed: pip install 'trl-steer[eval]'", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
+    from lm_eval.__main__ import HarnessCLI, setup_logging
+
     before = sys.argv
     # lm-eval's parser reads `sys.argv` itself.
     sys.argv = [prog, *(word for word in argv if word != "--debug")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_steer.checkpoint_names import check_folder, check_on_hub
+from trl_steer.extras import require
 from trl_steer.integrations.trl.source_arguments import ArgumentError
 
 
@@ -24,6 +25,12 @@ def check_paths(given: Mapping[str, Any]) -> None:
         check_folder(model)
     except FileNotFoundError as error:
         raise ArgumentError(f"--model_name_or_path: {error}") from error
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if str(given.get(name)).lower() in ("true", "t", "yes", "y", "1"):
+            try:
+                require("quant", "bitsandbytes")
+            except ModuleNotFoundError as error:
+                raise ArgumentError(f"--{name}: {error}") from error
     _check_data(given)
     output = Path(str(given.get("output_dir") or "trainer_output"))
     try:

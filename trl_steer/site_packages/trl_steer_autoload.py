@@ -1,7 +1,7 @@
 """Waits for `import peft`, and then lets `trl_steer.autoload` register our types with it.
 
 Lies at the root of site-packages, where `trl_steer_autoload.pth` imports it at every start of the interpreter: hence
-one comparison for each import, and nothing else until somebody wants `peft`.
+two comparisons for each import, and nothing else until somebody wants `peft` or `trl_steer`.
 
 While somebody looks for a module, the interpreter holds its one import lock. So nothing is imported here until `peft`
 has been executed: a thread in the middle of importing the same thing would wait for that lock, and we for the thread.
@@ -9,8 +9,9 @@ has been executed: a thread in the middle of importing the same thing would wait
 
 import sys
 
-# Package -> folder. An editable install writes them here, which stands in for setuptools' slower finder.
-FOLDERS = {}  # type: dict[str, str]
+# While the interpreter starts, this has what PYTHONPATH names, and not yet the folder of the script or the working
+# directory, which come first afterwards. What lies there by chance under our name is not to be run.
+PATH_AT_START = list(sys.path)
 
 # Somebody imported `trl_steer`, which means registration, whatever TRL_STEER_NO_AUTOLOAD says.
 asked_for = False
@@ -23,26 +24,26 @@ def find_spec(name, path=None, target=None):
         if spec is not None:
             _register_after(spec.loader)
         return spec
-    if name in FOLDERS:
-        return _spec_of_others(name, path, target) or _spec_in_checkout(name, path)
+    if name == "trl_steer":
+        spec = _spec_of_others(name, path, target)
+        if spec is None:
+            raise ImportError(
+                "trl_steer is installed, but its files are gone: the checkout of an editable install was moved or "
+                "deleted. Install it again with `pip install --editable CHECKOUT` from where it is now, or remove it "
+                "with `pip uninstall trl-steer`.",
+                name=name,
+            )
+        return spec
     return None
 
 
-def _spec_of_others(name, path, target):
+def _spec_of_others(name, path=None, target=None):
     for finder in list(sys.meta_path):
         if finder is not sys.modules[__name__] and hasattr(finder, "find_spec"):
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 return spec
     return None
-
-
-def _spec_in_checkout(name, path):
-    folder = FOLDERS[name]
-    if path:  # beside the package in use, which the working directory or PYTHONPATH may have put before this one
-        folder = path[0].removesuffix("trl_steer") + name.rpartition(".")[2]
-    new_spec = sys.modules["_frozen_importlib_external"].spec_from_file_location
-    return new_spec(name, f"{folder}/__init__.py", submodule_search_locations=[folder])
 
 
 def _register_after(loader):
@@ -67,18 +68,28 @@ def _register():
     if not asked_for and os.environ.get("TRL_STEER_NO_AUTOLOAD") == "1":
         return
     try:
-        from importlib.util import find_spec as find
-
-        # Finding runs nothing: a user's own `trl_steer.py` in the working directory is none of our business.
-        spec = find("trl_steer")
-        if spec is None or not os.path.isfile(f"{os.path.dirname(spec.origin or '')}/autoload.py"):
-            found = (spec and (spec.origin or spec.submodule_search_locations)) or "nothing"
-            raise ImportError(f"`import trl_steer` should find the installed package, and finds {found}")
+        if not asked_for:
+            _check_found()
         from trl_steer.autoload import register
     except Exception as error:
         say(f"trl_steer could not register its PEFT types: {error!r}")
     else:
         register()
+
+
+def _check_found():
+    """Raises `ImportError` where `import trl_steer` would run something else than what is installed.
+
+    Finding runs nothing.
+    """
+    import importlib.util
+    import os
+
+    specs = importlib.util.find_spec("trl_steer"), _spec_of_others("trl_steer", PATH_AT_START)
+    found, installed = (os.path.realpath(getattr(spec, "origin", None) or "") for spec in specs)
+    if found != installed or not os.path.isfile(f"{os.path.dirname(found)}/site_packages/trl_steer_autoload.py"):
+        what = getattr(specs[0], "origin", None) or getattr(specs[0], "submodule_search_locations", "nothing")
+        raise ImportError(f"`import trl_steer` should find the installed package, and finds {what}")
 
 
 def say(message):
