@@ -155,6 +155,12 @@ def test_every_block_says_what_it_is():
     assert not strange, f"Name the language of these blocks; one that a reader pastes is python or bash: {strange}"
 
 
+@pytest.mark.parametrize("page", pages.pages())
+def test_every_fence_is_one_of_a_block(page):
+    text = pages.text_of(page)
+    assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(pages.blocks(page))
+
+
 def test_every_block_that_is_not_run_is_there():
     found = [(block.page, block.code) for page in pages.pages() for block in pages.blocks(page)]
     for page, start, _ in NOT_RUN:

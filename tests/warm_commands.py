@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import socket
@@ -51,14 +52,18 @@ class WarmCommands:
             program.chmod(0o755)
         serve = [sys.executable, __file__, "serve", str(self.folder / "socket"), str(self.checkout)]
         self._process = subprocess.Popen(
-            [*serve, json.dumps(self.options)], stdout=subprocess.PIPE, text=True, env=self.environment
+            [*serve, json.dumps(self.options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
         )
         assert self._process.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *exc_info):
-        self._process.terminate()
-        self._process.wait()
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
         self._process.stdout.close()
         shutil.rmtree(self.folder)
 
@@ -71,7 +76,7 @@ class WarmCommands:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=3600,
+            timeout=3600 if AS_WRITTEN in variables else 300,
         )
 
 
@@ -98,7 +103,7 @@ def serve(path: str, checkout: str, options: str) -> None:
         listening.bind(path)
         listening.listen()
         print("ready", file=answers, flush=True)
-        while True:
+        while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:  # which closes when we are done
             asking, _ = listening.accept()
             if os.fork() == 0:
                 os._exit(_answer(asking, checkout, json.loads(options)))
