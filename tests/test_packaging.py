@@ -10,6 +10,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import pages
 import pytest
 from checkout import CHECKOUT, copy_checkout
 
@@ -295,6 +296,12 @@ def test_wheel_holds_no_bytecode_and_no_tests(wheel):
         names = archive.namelist()
     assert not [name for name in names if name.endswith(".pyc") or "tests" in name]
     assert "trl_steer/py.typed" in names
+
+
+def test_wheel_holds_the_guides(wheel):
+    guides = {page for page in pages.pages() if page != "README.md" and not page.startswith("eval/results/")}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {f"trl_steer/{page.removeprefix('trl_steer/')}" for page in guides} <= set(archive.namelist())
 
 
 def test_wheel_from_the_source_archive_is_the_same(source, wheel, tmp_path):
