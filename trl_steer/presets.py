@@ -209,21 +209,21 @@ def peft_config(method: str, lora: Any = None, **fields: Any) -> Any:
             configuration for joint training.
         fields: Fields of the steering configuration, for any method; those that it does not have are left out.
     """
-    import dataclasses
+    from dataclasses import fields as fields_of
 
-    import trl_steer
+    from trl_steer.tuners.joint_steering import JointSteeringConfig
+    from trl_steer.tuners.jola import JolaConfig
+    from trl_steer.tuners.lofit import LofitConfig
+    from trl_steer.tuners.loreft import LoReftConfig
+    from trl_steer.tuners.post_block_steering import PostBlockSteeringConfig
+    from trl_steer.tuners.sublayer_steering import SublayerSteeringConfig
 
     if method == "lora":
         return lora
-    classes = {
-        "sublayer": trl_steer.SublayerSteeringConfig,
-        "loreft": trl_steer.LoReftConfig,
-        "lofit": trl_steer.LofitConfig,
-        "jola": trl_steer.JolaConfig,
-    }
-    config_class = classes.get(method, trl_steer.PostBlockSteeringConfig)
+    classes = {"sublayer": SublayerSteeringConfig, "loreft": LoReftConfig, "lofit": LofitConfig, "jola": JolaConfig}
+    config_class: Any = classes.get(method, PostBlockSteeringConfig)
     if method in STEERING_TYPES:
         fields["steering_type"] = method
-    known = {field.name for field in dataclasses.fields(config_class)}
+    known = {field.name for field in fields_of(config_class)}
     steering = config_class(**{name: value for name, value in fields.items() if name in known})
-    return trl_steer.JointSteeringConfig.from_parts(lora, steering) if method in JOINT else steering
+    return JointSteeringConfig.from_parts(lora, steering) if method in JOINT else steering
