@@ -1,4 +1,4 @@
-"""The comparison of joint adaptation with its parts: what counts as a difference, and that the whole of it runs."""
+"""The comparisons of methods: what counts as a difference, and that the whole of it runs."""
 
 import json
 
@@ -6,13 +6,20 @@ import pytest
 import tiny_runs
 
 from trl_steer.eval import runs
-from trl_steer.eval.experiments import joint_comparison
-from trl_steer.eval.experiments.joint_comparison import METHODS, OURS, difference, verdict
+from trl_steer.eval.experiments import comparison
+from trl_steer.eval.experiments.comparison import COMPARISONS, difference
 from trl_steer.files import write_json
+
+JOINT = COMPARISONS["joint_comparison"]
+METHODS = JOINT.methods
 
 
 def summary(row):
-    return {"differences": {method: row for method in METHODS if method != OURS}}
+    return {"differences": {method: row for method in METHODS if method != JOINT.ours}}
+
+
+def verdict(row):
+    return comparison.verdict(summary(row), JOINT)
 
 
 def answers(*shares, total=200):
@@ -25,7 +32,7 @@ def test_equal_answers_differ_by_nothing():
     assert row["difference"] == 0.0
     assert row["interval_95_examples"] == [0.0, 0.0]
     assert row["p_value"] == 1.0
-    assert verdict(summary(row)).count("does not differ beyond noise") == len(METHODS) - 1
+    assert verdict(row).count("does not differ beyond noise") == len(METHODS) - 1
 
 
 def test_a_difference_larger_than_both_kinds_of_noise_is_one():
@@ -35,15 +42,15 @@ def test_a_difference_larger_than_both_kinds_of_noise_is_one():
     assert row["p_value"] < 1e-6
     assert row["interval_95_examples"][0] > 0.15
     assert row["interval_95_seeds"][0] > 0.15
-    assert verdict(summary(row)).count(" beats ") == len(METHODS) - 1
-    assert verdict(summary(difference(theirs, ours))).count(" is worse than ") == len(METHODS) - 1
+    assert verdict(row).count(" beats ") == len(METHODS) - 1
+    assert verdict(difference(theirs, ours)).count(" is worse than ") == len(METHODS) - 1
 
 
 def test_a_difference_that_changes_its_sign_with_the_seed_is_noise():
     row = difference(answers(0.9, 0.3, 0.6), answers(0.3, 0.6, 0.5))
     assert row["p_value"] < 0.01
     assert row["interval_95_seeds"][0] < 0 < row["interval_95_seeds"][1]
-    assert verdict(summary(row)).count("does not differ beyond noise") == len(METHODS) - 1
+    assert verdict(row).count("does not differ beyond noise") == len(METHODS) - 1
 
 
 def test_one_seed_says_nothing_about_seeds():
@@ -60,17 +67,20 @@ def arguments(model, tmp_path):
     return ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results"), "--model", model, "--fast"]
 
 
-def test_it_trains_scores_and_tells_each_method(arguments, tmp_path):
-    assert joint_comparison.main([*arguments, "--seeds", "3"]) == 0
-    results = json.loads((tmp_path / "results" / "joint_comparison.json").read_text())
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_it_trains_scores_and_tells_each_method(name, arguments, tmp_path):
+    assert comparison.main([name, *arguments, "--seeds", "3"]) == 0
+    results = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+    methods = COMPARISONS[name].methods
     assert results["seeds"] == [3]
-    assert set(results["methods"]) == set(METHODS)
+    assert set(results["methods"]) == set(methods)
     sizes = {method: row["trainable_parameters"] for method, row in results["methods"].items()}
-    assert sizes["joint"] == sizes["joint_orth"] == sizes["lora"] + sizes["low_rank"]
-    table = (tmp_path / "results" / "joint_comparison.md").read_text()
-    assert all(f"| {name} |" in table for name in METHODS.values())
+    if name == "joint_comparison":
+        assert sizes["joint"] == sizes["joint_orth"] == sizes["lora"] + sizes["low_rank"]
+    table = (tmp_path / "results" / f"{name}.md").read_text()
+    assert all(f"| {shown} |" in table for shown in methods.values())
     adapters = {path.read_bytes() for path in (tmp_path / "runs").glob("*/adapter/adapter_model.safetensors")}
-    assert len(adapters) == len(METHODS)
+    assert len(adapters) == len(methods)
 
 
 def test_a_seed_for_which_a_run_fails_is_left_out_and_stops_no_other(arguments, tmp_path, monkeypatch, capfd):
@@ -86,7 +96,7 @@ def test_a_seed_for_which_a_run_fails_is_left_out_and_stops_no_other(arguments, 
         return run
 
     monkeypatch.setattr(runs, "make", make)
-    assert joint_comparison.main([*arguments, "--seeds", "0", "1"]) == 1
+    assert comparison.main(["joint_comparison", *arguments, "--seeds", "0", "1"]) == 1
     assert len(made) == 2 * len(METHODS) - 1
     assert "joint-seed0 failed: Training diverged." in capfd.readouterr().out
     assert json.loads((tmp_path / "results" / "joint_comparison.json").read_text())["seeds"] == [1]

@@ -1,11 +1,12 @@
-"""Compares joint adaptation in orthogonal subspaces with naive joint training, LoRA and steering.
+"""Compares methods on the demo's task: joint adaptation with its halves, or post-block steering with the baselines.
 
-    python -m trl_steer.eval.experiments.joint_comparison --seeds 0 1 2
+    python -m trl_steer.eval.experiments.comparison joint_comparison --seeds 0 1 2
+    python -m trl_steer.eval.experiments.comparison baselines --seeds 0 1 2
 
 Each method is a run of `trl-steer demo` on SmolLM2-135M-Instruct, with the same generated ListOps examples, steps and
-schedule, the best learning rates of LoRA and steering alone, and 200 held-out examples per seed, evaluated with
-lm-eval. Finished runs are not repeated, so that seeds can be added later. A seed for which a run fails is left out.
-The corresponding experiment in the paper is Table 4 of arXiv 2603.00425.
+schedule, the method's own default learning rate, and 200 held-out examples per seed, evaluated with lm-eval. Finished
+runs are not repeated, so that seeds can be added later. A seed for which a run fails is left out. The corresponding
+experiments in the paper are Tables 4, 1 and 2 of arXiv 2603.00425.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from trl_steer.files import write_json, write_text
 from trl_steer.statistics import exact_mcnemar, paired_bootstrap, t_interval, wilson_interval
@@ -23,18 +25,41 @@ from .. import runs
 from ..console import Console
 from ..demo import preset
 
-METHODS: dict[runs.Method, str] = {
-    "lora": "LoRA r=8",
-    "low_rank": "steering r=8",
-    "joint": "joint, naive",
-    "joint_orth": "joint, orthogonal",
+
+class Comparison(NamedTuple):
+    """
+    A comparison of one method with others.
+
+    Attributes:
+        title (`str`): Title of the table.
+        methods (`dict[str, str]`): The methods, and what tables call them.
+        ours (`str`): The one that is compared with each of the others.
+    """
+
+    title: str
+    methods: dict[runs.Method, str]
+    ours: runs.Method
+
+
+COMPARISONS = {
+    "joint_comparison": Comparison(
+        "Joint adaptation on SmolLM2-135M-Instruct and generated ListOps",
+        {"lora": "LoRA r=8", "low_rank": "steering r=8", "joint": "joint, naive", "joint_orth": "joint, orthogonal"},
+        "joint_orth",
+    ),
+    "baselines": Comparison(
+        "Baselines on SmolLM2-135M-Instruct and generated ListOps",
+        {"low_rank": "steering r=8", "loreft": "LoReFT r=8", "lofit": "LoFiT", "jola": "JoLA"},
+        "low_rank",
+    ),
 }
-OURS: runs.Method = "joint_orth"
 TASK = preset.settings().task
 Runs = Mapping[runs.Method, runs.Run]
 
 
-def train_and_score(seeds: Sequence[int], folder: Path, demo_arguments: Sequence[str] = ()) -> dict[int, Runs]:
+def train_and_score(
+    methods: Sequence[runs.Method], seeds: Sequence[int], folder: Path, demo_arguments: Sequence[str] = ()
+) -> dict[int, Runs]:
     """Makes the run `METHOD-seedN` for every method and seed. Returns the runs of the seeds for which none failed."""
     parser = argparse.ArgumentParser()
     preset.add_arguments(parser)
@@ -42,7 +67,7 @@ def train_and_score(seeds: Sequence[int], folder: Path, demo_arguments: Sequence
     made: dict[int, Runs] = {}
     for seed in seeds:
         of_seed = {}
-        for method in METHODS:
+        for method in methods:
             name = f"{method}-seed{seed}"
             arguments = ["--method", method, "--seed", str(seed), "--output", str(folder / name), *demo_arguments]
             settings, output = preset.from_arguments(parser.parse_args(arguments))
@@ -51,16 +76,16 @@ def train_and_score(seeds: Sequence[int], folder: Path, demo_arguments: Sequence
                 of_seed[method] = runs.make(settings, output, report=console)
             except runs.RunError as error:
                 console.note(f"{name} failed: {error}")
-        if len(of_seed) == len(METHODS):
+        if len(of_seed) == len(methods):
             made[seed] = of_seed
     console.close()
     return made
 
 
-def summarize(made: Mapping[int, Runs]) -> dict:
-    """The accuracies, and the differences between the orthogonal joint adapter and the other methods."""
+def summarize(made: Mapping[int, Runs], comparison: Comparison) -> dict:
+    """The accuracies, and the differences between one method and the others."""
     rows, correct = {}, {}
-    for method in METHODS:
+    for method in comparison.methods:
         of_method = [of_seed[method] for of_seed in made.values()]
         correct[method] = per_seed = [run.correct(TASK) for run in of_method]
         accuracies = [statistics.fmean(answers) for answers in per_seed]
@@ -70,7 +95,8 @@ def summarize(made: Mapping[int, Runs]) -> dict:
             "interval_95": list(wilson_interval(sum(map(sum, per_seed)), sum(map(len, per_seed)))),
             "trainable_parameters": of_method[0].training["trainable_parameters"],
         }
-    differences = {method: difference(correct[OURS], correct[method]) for method in METHODS if method != OURS}
+    ours = comparison.ours
+    differences = {method: difference(correct[ours], correct[method]) for method in correct if method != ours}
     return {"seeds": list(made), "methods": rows, "differences": differences}
 
 
@@ -92,7 +118,7 @@ def difference(ours: Sequence[Sequence[bool]], theirs: Sequence[Sequence[bool]])
     }
 
 
-def verdict(summary: dict) -> str:
+def verdict(summary: dict, comparison: Comparison) -> str:
     """A sentence for each comparison. A difference is significant if neither interval contains zero."""
     sentences = []
     for method, row in summary["differences"].items():
@@ -103,16 +129,19 @@ def verdict(summary: dict) -> str:
             relation = "is worse than"
         else:
             relation = "does not differ beyond noise from"
-        sentences.append(f"{METHODS[OURS].capitalize()} {relation} {METHODS[method]} ({row['difference']:+.3f}).")
+        ours, theirs = (comparison.methods[name] for name in (comparison.ours, method))
+        sentences.append(f"{ours[0].upper()}{ours[1:]} {relation} {theirs} ({row['difference']:+.3f}).")
     return " ".join(sentences)
 
 
-def to_markdown(summary: dict) -> str:
+def to_markdown(summary: dict, name: str) -> str:
+    comparison = COMPARISONS[name]
+    names, ours = comparison.methods, comparison.methods[comparison.ours]
     seeds = " ".join(map(str, summary["seeds"]))
     lines = [
-        "# Joint adaptation on SmolLM2-135M-Instruct and generated ListOps",
+        f"# {comparison.title}",
         "",
-        f"`python -m trl_steer.eval.experiments.joint_comparison --seeds {seeds}`. 480 training examples, one epoch, "
+        f"`python -m trl_steer.eval.experiments.comparison {name} --seeds {seeds}`. 480 training examples, one epoch, "
         "200 held-out examples a seed, greedy answers scored by lm-eval; data, initial weights and order follow the "
         "seed.",
         "",
@@ -123,12 +152,12 @@ def to_markdown(summary: dict) -> str:
         low, high = row["interval_95"]
         by_seed = ", ".join(f"{accuracy:.3f}" for accuracy in row["accuracies"])
         lines.append(
-            f"| {METHODS[method]} | {row['trainable_parameters']:,} | {row['accuracy']:.3f} | {low:.3f} to {high:.3f} "
+            f"| {names[method]} | {row['trainable_parameters']:,} | {row['accuracy']:.3f} | {low:.3f} to {high:.3f} "
             f"| {by_seed} |"
         )
     lines += [
         "",
-        f"{METHODS[OURS].capitalize()} minus each other method, on the same examples:",
+        f"{ours[0].upper()}{ours[1:]} minus each other method, on the same examples:",
         "",
         "| | difference | 95%, examples | 95%, seeds | p (McNemar) |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -138,9 +167,9 @@ def to_markdown(summary: dict) -> str:
             f"{low:+.3f} to {high:+.3f}" for low, high in (row["interval_95_examples"], row["interval_95_seeds"])
         )
         lines.append(
-            f"| {METHODS[method]} | {row['difference']:+.3f} | {examples} | {over_seeds} | {row['p_value']:.2g} |"
+            f"| {names[method]} | {row['difference']:+.3f} | {examples} | {over_seeds} | {row['p_value']:.2g} |"
         )
-    return "\n".join([*lines, "", verdict(summary)]) + "\n"
+    return "\n".join([*lines, "", verdict(summary, comparison)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,18 +177,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("name", choices=list(COMPARISONS), help="the comparison")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds")
     parser.add_argument("--runs", type=Path, default=Path("demo-run"), help="folder of the runs, finished or not")
     parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for the JSON and the table")
     parser.epilog = "Other arguments, such as --model and --fast, are passed to `trl-steer demo`."
     options, demo_arguments = parser.parse_known_args(arguments)
-    made = train_and_score(options.seeds, options.runs, demo_arguments)
+    comparison = COMPARISONS[options.name]
+    made = train_and_score(list(comparison.methods), options.seeds, options.runs, demo_arguments)
     if not made:
         return 1
-    summary = summarize(made)
-    table = to_markdown(summary)
-    write_json(options.output / "joint_comparison.json", summary)
-    write_text(options.output / "joint_comparison.md", table)
+    summary = summarize(made, comparison)
+    table = to_markdown(summary, options.name)
+    write_json(options.output / f"{options.name}.json", summary)
+    write_text(options.output / f"{options.name}.md", table)
     print(table)
     return 0 if len(made) == len(options.seeds) else 1
 
