@@ -33,6 +33,7 @@ def launched(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated")
 def test_losses_and_weights_are_those_of_one_process(kind, launched, tmp_path):
     single = train(kind, tmp_path, processes=1)
     first, second = (torch.load(launched / f"{kind}-{rank}.pt") for rank in (0, 1))

@@ -33,7 +33,7 @@ def test_low_rank_is_refused_with_the_reason_and_the_way_out():
     with pytest.raises(ValueError, match="cannot be merged") as caught:
         weights_for_vllm(model)
     message = str(caught.value)
-    assert "multiplies the whole residual stream" in message  # why
+    assert "multiplies the residual stream" in message  # why
     assert "use_vllm=True" in message  # what was asked for
     assert "use_vllm=False" in message  # what to do instead
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

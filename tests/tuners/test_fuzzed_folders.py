@@ -216,7 +216,7 @@ def test_transformers_is_not_let_read_a_pickle(good, tmp_path):
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     model = base_model("low rank")
     before = anatomy(model)
-    with pytest.raises(ValueError, match="safetensors only"):
+    with pytest.raises(ValueError, match="safetensors files only"):
         model.load_adapter(str(folder), use_safetensors=False)
     assert not differences(before, anatomy(model))
 

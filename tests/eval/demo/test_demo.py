@@ -41,7 +41,7 @@ def test_it_shows_its_steps_the_table_and_the_command_and_nothing_of_the_librari
     assert shown.stderr == ""
     lines = shown.stdout.splitlines()
     assert "--fast only shows that everything works" in lines[0]
-    assert "no significant result" in lines[0]
+    assert "too short for a significant result" in lines[0]
     for number, name in enumerate(("Model", "Scoring the base model", "Training", "Scoring the adapter"), 1):
         assert any(line.startswith(f"{number} of 4  {name}: ") for line in lines)
     assert not any("{'loss'" in line or "Warning" in line or "onverting" in line for line in lines)

@@ -98,8 +98,22 @@ def test_every_way_to_save_writes_it(tmp_path):
     model._hf_peft_config_loaded = True  # what transformers' own `add_adapter` sets
     model.save_pretrained(tmp_path / "transformers")
     assert_useful(tmp_path / "transformers")
-    PostBlockSteeringConfig(r=3).save_pretrained(str(tmp_path / "config"))
-    assert_useful(tmp_path / "config")
+
+
+def test_a_configuration_saved_without_weights_leaves_readmes_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    PostBlockSteeringConfig(r=3).save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
+def test_a_readme_that_is_no_model_card_is_kept(tmp_path):
+    text = "---\ntitle: my: project\n---\n# My project\n"
+    (tmp_path / "README.md").write_text(text)
+    config = PostBlockSteeringConfig(r=3)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.warns(UserWarning, match="not a model card"):
+        config.save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_halves_of_a_joint_adapter_have_theirs(tmp_path):

@@ -20,9 +20,8 @@ class LoReftAdapter(SteeringAdapter):
     """
     `dropout(h + scaling * (act(h @ weight.T + bias) - h @ rotation.T) @ rotation)`.
 
-    The parameter of `rotation` is any matrix, whose rows are orthonormalized where it is read. After each step of the
-    optimizer the next forward pass in training mode puts the orthonormal matrix in its place, and state dicts have it
-    too.
+    The parameter behind `rotation` is any matrix, whose rows are orthonormalized when `rotation` is read. The first
+    forward pass after an optimizer step replaces the parameter by the orthonormalized one, and state dicts hold that.
 
     Args:
         width (`int`): Size `d` of the hidden state.
@@ -59,7 +58,7 @@ class LoReftAdapter(SteeringAdapter):
 
     @rotation.setter
     def rotation(self, value: torch.Tensor) -> None:
-        # Whatever takes the parameter's place: a replica's copy of it, or what pruning computes.
+        # In place of a parameter, for example the copy in a replica or what pruning computes.
         self.__dict__["rotation"] = value
 
     @property
@@ -113,8 +112,8 @@ class LoReftAdapter(SteeringAdapter):
 
     @torch.no_grad()
     def _orthonormalize(self) -> None:
-        """Puts the orthonormal matrix in the place of the parameter that an optimizer's step has left. So it does not
-        drift away, and a run that is resumed from a folder goes on as if it had not been stopped."""
+        """Replaces the parameter by its orthonormalized rows after an optimizer step, so that it does not drift away,
+        and a run resumed from a folder equals one that was not stopped."""
         parameter = self._unconstrained
         # Under FSDP2 this would be a gathered copy.
         if not (torch.distributed.is_initialized() or parameter.is_meta or _is_orthonormal(parameter)):
@@ -128,22 +127,26 @@ class LoReftAdapter(SteeringAdapter):
 
 
 def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Orthonormalizes the rows of a matrix (..., r, d) from first to last, without anything of size d x d: `L^-1 M`,
-    where `L` (r, r) is the Cholesky factor of `M M^T`, computed in float64."""
-    wide = matrix.double()
+    """Orthonormalizes the rows of a matrix (..., r, d) from first to last: `L^-1 M`, where `L` (r, r) is the Cholesky
+    factor of `M M^T`. Computes in float64, and never forms a matrix of size d x d."""
+    wide = _double(matrix)
     factor = torch.linalg.cholesky(wide @ wide.mT)
     return torch.linalg.solve_triangular(factor, wide, upper=False).to(matrix.dtype)
 
 
 def _distance_from_orthonormal(matrix: torch.Tensor) -> float:
     """`max |M M^T - I|`."""
-    matrix = matrix.detach().double()
+    matrix = _double(matrix.detach())
     gram = matrix @ matrix.mT
     return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max().item()
 
 
+def _double(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.float() if matrix.device.type == "mps" else matrix.double()  # MPS does not have float64
+
+
 def _is_orthonormal(matrix: torch.Tensor, tolerance: float = 1e-6) -> bool:
-    """Whether rows are orthonormal within `tolerance`, and what rounding makes of them."""
+    """Whether the rows are orthonormal up to `tolerance` and the rounding of the dtype."""
     return _distance_from_orthonormal(matrix) <= max(tolerance, 8 * torch.finfo(matrix.dtype).eps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ class ModelCardMixin:
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in [`~peft.PeftConfig`], and writes the model card. A card that has been edited is kept, and a section
-        about the adapter is added to it."""
+        about the adapter is added to it. The README of a folder without weights is left alone."""
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        write_card(self, Path(save_directory))
+        folder = Path(save_directory)
+        # transformers saves the weights after the configuration.
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file() or not (folder / "README.md").exists():
+            write_card(self, folder)
 
     def card_fields(self) -> dict[str, Any]:
         """The rows of the card's table: a name and a value each. Rows whose value is `None` are left out."""
@@ -42,14 +46,19 @@ class ModelCardMixin:
 
 
 def write_card(config: Any, folder: Path) -> None:
-    """Writes or updates the `README.md` of an adapter folder.
+    """Writes or updates the `README.md` of an adapter folder. One that cannot be read as a model card is left alone,
+    with a warning.
 
     Args:
         config ([`~peft.PeftConfig`]): The adapter's configuration, a [`ModelCardMixin`].
         folder (`Path`): The folder. If it holds the weights, the card gives the number of parameters.
     """
     path = folder / "README.md"
-    card: Any = _read(path)
+    try:
+        card: Any = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    except Exception as error:
+        warnings.warn(f"{path} is not a model card, so nothing was added to it: {error}", stacklevel=3)
+        return
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     base = public_id(config.base_model_name_or_path)
     card.data.library_name = "peft"
@@ -65,13 +74,6 @@ def write_card(config: Any, folder: Path) -> None:
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
     card.save(path)
-
-
-def _read(path: Path) -> ModelCard:
-    try:
-        return ModelCard.load(path)
-    except Exception:  # no card, or not a valid one
-        return ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
 
 
 def _section(config: Any, method: str, base: str | None, parameters: int | None) -> list[str]:
