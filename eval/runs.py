@@ -24,15 +24,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from trl_steer.extras import require
 from trl_steer.files import new_folder, read_json, remove, write_json
+from trl_steer.presets import AdapterMethod as Method
 
 from . import models
 from .console import Report, output_to
 
-Method = Literal["low_rank", "vector", "sublayer", "loreft", "lofit", "jola", "lora", "joint", "joint_orth"]
 METHODS: tuple[Method, ...] = get_args(Method)
 FORMAT = "trl_steer run 1"
 SETTINGS, ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG = (

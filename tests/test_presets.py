@@ -1,7 +1,10 @@
 """The presets against a table written from their sources, not from the code."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 
+from trl_steer import LoReftConfig, PostBlockSteeringConfig, SublayerSteeringConfig, presets
 from trl_steer.presets import METHODS, PRESETS, settings
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -137,3 +140,23 @@ def test_what_is_guessed_is_set(preset, method):
 def test_what_does_not_exist_is_named(arguments, said):
     with pytest.raises(ValueError, match=said):
         settings(*arguments)
+
+
+def test_names_are_written_twice_for_the_type_checker_and_are_the_same():
+    assert tuple(METHODS) == get_args(presets.Method)
+    assert tuple(PRESETS) == get_args(presets.Preset)
+    for method, config_class in (("sublayer", SublayerSteeringConfig), ("loreft", LoReftConfig)):
+        assert presets.SITES[method] == get_args(get_type_hints(config_class)["site"])
+    assert get_args(get_type_hints(PostBlockSteeringConfig)["steering_type"]) == presets.STEERING_TYPES
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sublayer", "joint", "joint_orth"}))
+def test_the_type_of_steering_counts_only_where_there_are_several(method):
+    for preset in PRESETS:
+        assert settings(preset, method, steering_type="vector") == settings(preset, method)
+
+
+@pytest.mark.parametrize(("method", "steering_type"), [("lofit", "low_rank"), ("sublayer", "vector")])
+def test_no_rank_is_set_where_there_is_none(method, steering_type):
+    assert "steering_r" not in settings("paper", method, "alpaca", steering_type).values
+    assert settings("paper", "loreft", "alpaca").values["steering_r"] == 16

@@ -6,13 +6,12 @@ from their source files.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl_steer import presets
 from trl_steer.integrations.trl.source_arguments import ArgumentError, launcher_arguments, trl_arguments
@@ -29,13 +28,11 @@ class SteeringArguments:
 
     _argument_group_name = "steering"
 
-    method: Literal[
-        "low_rank", "vector", "sublayer", "loreft", "lofit", "jola", "lora", "joint", "joint_orth", "full"
-    ] = field(
+    method: presets.Method = field(
         default="low_rank",
         metadata={"help": "; ".join(f"{name}: {what}" for name, what in presets.METHODS.items()) + "."},
     )
-    preset: Literal["default", "paper", "steerling"] = field(
+    preset: presets.Preset = field(
         default="default",
         metadata={
             "help": "Values of settings that are not given. "
@@ -43,10 +40,10 @@ class SteeringArguments:
             + ". --dry_run prints them, and which are guessed."
         },
     )
-    steering_type: Literal["low_rank", "vector"] = field(
+    steering_type: presets.SteeringType = field(
         default="low_rank", metadata={"help": "Type of steering for --method sublayer, joint and joint_orth."}
     )
-    site: Literal["post_block", "pre_mlp", "post_mlp", "post_attn"] = field(
+    site: presets.Site = field(
         default="post_mlp",
         metadata={
             "help": "The site in a block: pre_mlp, post_mlp or post_attn for --method sublayer; post_block (its "
@@ -59,12 +56,15 @@ class SteeringArguments:
             "help": "The tokens to steer: all, last_prompt, or the first and last n of the prompt, such as f7+l7."
         },
     )
-    steering_r: int = field(default=8, metadata={"help": "Rank of low-rank steering."})
+    steering_r: int = field(default=8, metadata={"help": "Rank of low-rank steering and of LoReFT."})
     steering_activation: str | None = field(
-        default=None, metadata={"help": "Activation of low-rank steering, such as 'silu' (default: none, linear)."}
+        default=None,
+        metadata={"help": "Activation of low-rank steering and of LoReFT, such as 'silu' (default: none, linear)."},
     )
     steering_scaling: float = field(default=1.0, metadata={"help": "Factor on the steering update."})
-    steering_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of low-rank steering."})
+    steering_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout probability of low-rank steering and of LoReFT."}
+    )
     steering_init_scale: float = field(
         default=1.0, metadata={"help": "Factor on the initial down projection of low-rank steering."}
     )
@@ -126,10 +126,15 @@ class Request:
         """The settings of the preset that were not given."""
         ours = self.ours
         found = presets.settings(ours.preset, ours.method, ours.task, ours.steering_type)
+        left_out = {*self.given, *self.unused()}
         return presets.Settings(
-            {name: value for name, value in found.values.items() if name not in self.given},
-            {name: why for name, why in found.guessed.items() if name not in self.given},
+            {name: value for name, value in found.values.items() if name not in left_out},
+            {name: why for name, why in found.guessed.items() if name not in left_out},
         )
+
+    def unused(self) -> frozenset[str]:
+        """Our options that the method does not have."""
+        return presets.OPTIONS.difference(presets.options(self.ours.method, self.ours.steering_type))
 
 
 def read(argv: Sequence[str], **defaults: Any) -> Request:
@@ -158,8 +163,6 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
         ours = SteeringArguments(**{name: _value(own[name], value) for name, value in given.items() if name in own})
     except (ValueError, TypeError) as error:
         raise ArgumentError(str(error)) from error
-    if ours.method in presets.STEERING_TYPES:
-        ours.steering_type = ours.method  # type: ignore[assignment]
     has_lora = ours.method in ("lora", *presets.JOINT)
     if "use_peft" in given and (str(given["use_peft"]).lower() in ("true", "1", "yes")) != has_lora:
         raise ArgumentError(
@@ -168,6 +171,7 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
             "joint or joint_orth."
         )
     request = Request(given, ours)
+    _check_options(request)
     _check_site_and_positions(request)
     for name, value in request.settings().values.items():
         if name in own:
@@ -175,16 +179,32 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
     return request
 
 
+def _check_options(request: Request) -> None:
+    ours, unused = request.ours, request.unused()
+    wrong = next((name for name in request.given if name in unused), None)
+    if wrong is None:
+        return
+    if wrong == "orthogonal":
+        raise ArgumentError("--orthogonal cannot be used. It is true for --method joint_orth, and false for joint.")
+    if wrong in presets.options(ours.method):
+        raise ArgumentError(
+            f"--{wrong} cannot be used with --steering_type {ours.steering_type}. Leave it out, or use "
+            "--steering_type low_rank."
+        )
+    why = "which does not steer"
+    if presets.options(ours.method):
+        why = f"only with {', '.join(name for name in presets.METHODS if wrong in presets.options(name))}"
+    raise ArgumentError(f"--{wrong} cannot be used with --method {ours.method}, {why}. Leave it out.")
+
+
 def _check_site_and_positions(request: Request) -> None:
     given, method = request.given, request.ours.method
-    if "site" in given and request.ours.site not in presets.SITES.get(method, ()):
+    if "site" in given and request.ours.site not in presets.SITES[method]:
         choices = "; ".join(f"{', '.join(sites)} with --method {name}" for name, sites in presets.SITES.items())
         raise ArgumentError(f"--site {request.ours.site} cannot be used with --method {method}. There are {choices}.")
     positions = {**request.settings().values, **given}.get("positions", "all")
     if positions == "all":
         return
-    if method in ("lora", "full"):
-        raise ArgumentError(f"--positions {positions} cannot be used with --method {method}, which does not steer.")
     for name in ("packing", "padding_free"):
         if name in given and _bool(name, given[name]):
             raise ArgumentError(
@@ -256,8 +276,8 @@ def annotation_of(name: str) -> str:
 
 def choices(name: str) -> list[str]:
     """The values of one of our arguments whose type is a `Literal`, otherwise none."""
-    annotation = annotation_of(name)
-    return ast.literal_eval(annotation.removeprefix("Literal")) if annotation.startswith("Literal") else []
+    hint = get_type_hints(SteeringArguments)[name]
+    return list(get_args(hint)) if get_origin(hint) is Literal else []
 
 
 def _check_type(where: str, name: str, value: Any, annotation: str) -> None:

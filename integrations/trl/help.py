@@ -36,7 +36,7 @@ def help_text(prog: str, method: str | None = None) -> str:
     lines += ["  --debug", "      Show the traceback of an error (default: False)."]
     lines += ["", "defaults that depend on the method (--preset default):"]
     for name in [method] if method else presets.METHODS:
-        values = presets.settings("default", name).values
+        values = Request({}, SteeringArguments(method=name)).settings().values
         lines.append(f"  {name}: " + ", ".join(f"{key} {_shown(value)}" for key, value in values.items()))
     lines += [
         "",
@@ -72,7 +72,7 @@ def _wrapped(names: Sequence[str]) -> list[str]:
 def dry_run(request: Request) -> str:
     """All settings as YAML: those given, those of the preset, and which of them are guessed."""
     settings = request.settings()
-    own = {f.name: getattr(request.ours, f.name) for f in fields(SteeringArguments)}
+    own = {f.name: getattr(request.ours, f.name) for f in fields(SteeringArguments) if f.name not in request.unused()}
     values = {**settings.values, **{k: _plain(v) for k, v in request.given.items()}, **own}
     shown: dict[str, Any] = {k: v for k, v in sorted(values.items()) if k not in ("config", "debug", "dry_run")}
     if settings.guessed:

@@ -4,15 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from trl import SFTConfig
 
 import trl_steer.integrations
+from trl_steer import JointOrthSFTConfig, presets
 from trl_steer.integrations.trl import sft
-from trl_steer.integrations.trl.arguments import read
+from trl_steer.integrations.trl.arguments import SteeringArguments, read
 from trl_steer.integrations.trl.checks import check_paths
+from trl_steer.integrations.trl.help import dry_run
 from trl_steer.integrations.trl.source_arguments import ArgumentError
 
 RECIPES = Path(trl_steer.integrations.__path__[0], "trl", "recipes")
@@ -110,17 +114,17 @@ def test_what_is_missing_is_told(missing, folder):
     assert missing in ran.stderr
 
 
-def dry_run(*argv) -> dict:
+def dry_run_of(*argv) -> dict:
     ran = run_light("sft", *argv, "--dry-run")
     assert ran.returncode == 0, ran.stderr
     return yaml.safe_load(ran.stdout)
 
 
 def test_dry_run_shows_the_settings_and_what_of_them_is_guessed():
-    shown = dry_run("--preset", "paper", "--method", "low_rank", "--task", "gsm8k")
+    shown = dry_run_of("--preset", "paper", "--method", "low_rank", "--task", "gsm8k")
     assert (shown["learning_rate"], shown["num_train_epochs"], shown["steering_r"]) == (2e-3, 3.0, 8)
     assert "grid" in shown["guessed"]["learning_rate"]
-    given = dry_run("--preset", "paper", "--task", "gsm8k", "--learning_rate", "3e-4")
+    given = dry_run_of("--preset", "paper", "--task", "gsm8k", "--learning_rate", "3e-4")
     assert given["learning_rate"] == 3e-4
     assert "learning_rate" not in given["guessed"]
 
@@ -128,9 +132,9 @@ def test_dry_run_shows_the_settings_and_what_of_them_is_guessed():
 def test_the_command_line_goes_before_the_config_file_and_both_before_the_preset(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"method": "vector", "learning_rate": 0.25}))
     argv = ["--config", str(tmp_path / "recipe.yaml")]
-    assert (dry_run(*argv)["method"], dry_run(*argv)["learning_rate"]) == ("vector", 0.25)
-    assert dry_run(*argv, "--learning_rate", "0.125")["learning_rate"] == 0.125
-    assert dry_run("--method", "vector")["learning_rate"] == 1e-2
+    assert (dry_run_of(*argv)["method"], dry_run_of(*argv)["learning_rate"]) == ("vector", 0.25)
+    assert dry_run_of(*argv, "--learning_rate", "0.125")["learning_rate"] == 0.125
+    assert dry_run_of("--method", "vector")["learning_rate"] == 1e-2
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -162,7 +166,10 @@ def test_every_argument_of_steering_reaches_the_configuration():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--method", "lofit", "--site", "pre_mlp"], "--site pre_mlp cannot be used with --method lofit"),
+        (
+            ["--method", "lofit", "--site", "pre_mlp"],
+            "--site cannot be used with --method lofit, only with sublayer, loreft. Leave",
+        ),
         (["--method", "sublayer", "--site", "post_block"], "--site post_block cannot be used"),
         (["--positions", "f7+l6"], "--positions must be"),
         (["--positions", "f7+l7", "--packing", "true"], "cannot be used with --packing"),
@@ -173,6 +180,69 @@ def test_every_argument_of_steering_reaches_the_configuration():
 def test_sites_and_positions_that_a_method_cannot_have_are_refused(argv, said):
     with pytest.raises(ArgumentError, match=re.escape(said)):
         read(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--method", "lora", "--steering_r", "4"], "--steering_r cannot be used with --method lora, which does not"),
+        (["--method", "full", "--steering_layers", "0", "1"], "--steering_layers cannot be used with --method full"),
+        (["--method", "vector", "--steering_activation", "silu"], "--steering_activation cannot be used"),
+        (["--method", "loreft", "--steering_type", "vector"], "only with sublayer, joint, joint_orth. Leave it out."),
+        (
+            ["--method", "sublayer", "--steering_type", "vector", "--steering_r", "4"],
+            "--steering_r cannot be used with --steering_type vector. Leave it out, or use --steering_type low_rank.",
+        ),
+        (["--method", "joint", "--orthogonal_every", "4"], "only with joint_orth"),
+        (["--method", "lora", "--steering_learning_rate", "1e-3"], "does not steer"),
+        (["--method", "joint", "--orthogonal", "true"], "It is true for --method joint_orth"),
+    ],
+)
+def test_options_that_a_method_does_not_have_are_refused(argv, said, tmp_path):
+    with pytest.raises(ArgumentError, match=re.escape(said)):
+        read(argv)
+    names = [word.removeprefix("--") for word in argv[::2]]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dict(zip(names, argv[1::2], strict=False))))
+    with pytest.raises(ArgumentError, match=re.escape(said)):
+        read(["--config", str(tmp_path / "recipe.yaml")])
+
+
+ADAPTER = {
+    "low_rank": {"positions", "r", "activation", "scaling", "dropout", "init_scale", "layers"},
+    "vector": {"positions", "scaling", "layers"},
+    "sublayer": {"type", "site", "positions", "r", "activation", "scaling", "dropout", "init_scale", "layers"},
+    "loreft": {"site", "positions", "r", "activation", "scaling", "dropout", "layers"},
+    "lofit": {"positions", "scaling", "layers"},
+    "jola": {"positions", "scaling", "layers"},
+    "lora": set(),
+    "joint": {"type", "positions", "r", "activation", "scaling", "dropout", "init_scale", "layers", "learning_rate"},
+    "full": set(),
+}
+
+
+@pytest.mark.parametrize("method", ADAPTER)
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_dry_run_shows_what_the_method_has_and_nothing_else(method, preset):
+    shown = yaml.safe_load(dry_run(read(["--method", method, "--preset", preset, "--task", "alpaca"])))
+    ours = {name for name in shown if name.startswith("steering_") or name in ("site", "positions")}
+    assert {name.removeprefix("steering_") for name in ours} == ADAPTER[method]
+    assert shown["task"] == "alpaca"
+
+
+@pytest.mark.parametrize("method", ["sublayer", "joint"])
+def test_dry_run_of_vectors_shows_no_bottleneck(method):
+    shown = yaml.safe_load(dry_run(read(["--method", method, "--preset", "paper", "--steering_type", "vector"])))
+    assert shown["steering_type"] == "vector"
+    assert not {"steering_r", "steering_init_scale"} & (shown.keys() | shown["guessed"].keys())
+
+
+def test_every_option_of_ours_is_one_of_some_method_or_of_all():
+    of_all = {"method", "preset", "dry_run", "train_end_token", "task"}
+    own = {field.name for field in fields(SteeringArguments) if not field.name.startswith("task_")} - of_all
+    of_joint = {field.name for field in fields(JointOrthSFTConfig)} - {field.name for field in fields(SFTConfig)}
+    assert own | of_joint == presets.OPTIONS
+    for method in presets.METHODS:
+        assert presets.OPTIONS.issuperset(presets.options(method))
 
 
 def test_json_lines_are_checked_to_the_last(tmp_path):

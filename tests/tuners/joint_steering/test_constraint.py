@@ -43,7 +43,7 @@ def test_a_plain_training_loop_keeps_it_at_every_step_and_in_what_it_saves(steer
 
 
 def test_an_unknown_side_is_refused():
-    with pytest.raises(ValueError, match="'output' or 'input', got 'sideways'"):
+    with pytest.raises(ValueError, match="Expected side to be one of 'output', 'input', got 'sideways'"):
         OrthogonalityConstraint(joint_model(), "default", side="sideways")
 
 

@@ -43,7 +43,7 @@ def test_layers_to_transform_selects_among_the_blocks_of_heads():
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"phase": "both"}, ValueError, ["'both'", "'offset'", "'scale'"]),
+        ({"phase": "both"}, ValueError, ["Expected phase to be one of 'offset', 'scale', got 'both'."]),
         ({"penalty_weight": 0.1}, ValueError, ["penalty_weight=0.1", "'offset'", "'scale'"]),
         ({"penalty_weight": -1.0, "phase": "scale"}, ValueError, ["at least 0", "-1.0"]),
         ({"penalty_weight": math.nan, "phase": "scale"}, ValueError, ["finite", "nan"]),

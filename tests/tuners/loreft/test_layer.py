@@ -179,7 +179,7 @@ def test_parameters_are_as_many_as_the_paper_counts(hidden_size, blocks, count):
     ("fields", "message"),
     [
         ({"r": 0}, "r must be at least 1"),
-        ({"site": "pre_mlp"}, "site='pre_mlp' is unknown"),
+        ({"site": "pre_mlp"}, "Expected site to be one of 'post_block', 'post_mlp', got 'pre_mlp'"),
         ({"share_weights": False}, "positions='all'"),
         ({"share_weights": False, "positions": "last_prompt"}, "positions='last_prompt'"),
         ({"activation": "prelu"}, "activation"),

@@ -11,7 +11,7 @@ from peft.utils import PeftType
 
 from ..post_block_steering.config import PostBlockSteeringConfig
 from ..steering.card import ModelCardMixin
-from ..steering.config import check_number, is_integer
+from ..steering.config import check_choice, check_number, is_integer
 
 # The fields of `JointSteeringConfig.steering`. The other fields of PostBlockSteeringConfig (`modules_to_save`, the
 # base model, ...) apply to the whole adapter and are at the top level.
@@ -139,8 +139,7 @@ def check_lora_fields(config: LoraConfig) -> None:
     for alpha in (config.lora_alpha, *alphas.values()):
         check_number("lora_alpha", alpha)
     check_number("lora_dropout", config.lora_dropout)
-    if config.bias not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {config.bias!r}.")
+    check_choice("bias", config.bias, ("none", "all", "lora_only"))
     shared = ("modules_to_save", "trainable_token_indices", "base_model_name_or_path", "revision")
     PostBlockSteeringConfig(**{name: getattr(config, name) for name in shared})
 

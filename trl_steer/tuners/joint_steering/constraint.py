@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..steering.config import check_choice
 from .pairing import find_pairs
 from .projection import ProjectionReport, project_
 
@@ -53,8 +54,7 @@ class OrthogonalityConstraint:
         modules: list[str] | None = None,
         norms: bool = True,
     ):
-        if side not in ("output", "input"):
-            raise ValueError(f"side must be 'output' or 'input', got {side!r}.")
+        check_choice("side", side, ("output", "input"))
         self.model, self.adapter_name, self.side = model, adapter_name, side
         self.pairs = find_pairs(model, adapter_name, modules, norms)
         if side == "input" and any(not hasattr(pair.steering.adapters[adapter_name], "down") for pair in self.pairs):

@@ -8,7 +8,7 @@ from typing import Literal
 from peft.utils import PeftType
 
 from ..lofit.config import HeadSteeringConfig
-from ..steering.config import check_number
+from ..steering.config import check_choice, check_number
 
 # Schedules of the penalty's weight, and `penalty_weight` where it is not given.
 PENALTY_SCHEDULES = {"exponential": 0.1, "linear": 0.2, "constant": 0.1}
@@ -64,10 +64,7 @@ class JolaConfig(HeadSteeringConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["JOLA"]  # added to PEFT's enum by trl_steer.registration
-        if self.penalty_schedule not in tuple(PENALTY_SCHEDULES):  # a tuple, because a list has no hash
-            raise ValueError(
-                f"penalty_schedule={self.penalty_schedule!r} is unknown; use one of {tuple(PENALTY_SCHEDULES)}."
-            )
+        check_choice("penalty_schedule", self.penalty_schedule, PENALTY_SCHEDULES)
         if self.penalty_weight is None:
             self.penalty_weight = PENALTY_SCHEDULES[self.penalty_schedule]
         check_number("penalty_weight", self.penalty_weight)

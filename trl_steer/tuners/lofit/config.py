@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from peft.utils import PeftType
 
-from ..steering.config import SteeringConfig, check_number, is_integer
+from ..steering.config import SteeringConfig, check_choice, check_number, is_integer
 from ..steering.matching import block_index
 from ..steering.sites import Site
 
-PHASES = ("offset", "scale")
+Phase = Literal["offset", "scale"]
 PENALTY_WEIGHT = 5e-4
 
 
@@ -89,7 +89,7 @@ class LofitConfig(HeadSteeringConfig):
         TypeError: A field has a value of the wrong type.
     """
 
-    phase: Literal["offset", "scale"] = field(
+    phase: Phase = field(
         default="offset", metadata={"help": "'offset': x + s * v; 'scale': x + s * a * x, to choose heads."}
     )
     heads: dict[int, list[int]] | None = field(
@@ -102,8 +102,7 @@ class LofitConfig(HeadSteeringConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["LOFIT"]  # added to PEFT's enum by trl_steer.registration
-        if self.phase not in PHASES:
-            raise ValueError(f"phase={self.phase!r} is unknown; use one of {PHASES}.")
+        check_choice("phase", self.phase, get_args(Phase))
         check_number("penalty_weight", self.penalty_weight)
         if self.penalty_weight < 0:
             raise ValueError(f"penalty_weight must be at least 0, got {self.penalty_weight}.")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from peft.utils import PeftType
 
-from ..steering.config import SteeringConfig, check_activation, check_dropout, check_rank
+from ..steering.config import (
+    SteeringConfig,
+    check_activation,
+    check_bool,
+    check_choice,
+    check_dropout,
+    check_rank,
+)
 from ..steering.positions import first_and_last
 
-LOREFT_SITES = ("post_block", "post_mlp")
+LoReftSite = Literal["post_block", "post_mlp"]
 
 
 @dataclass
@@ -43,7 +50,7 @@ class LoReftConfig(SteeringConfig):
     """
 
     r: int = field(default=8, metadata={"help": "Rank: number of rows of R and W."})
-    site: Literal["post_block", "post_mlp"] = field(
+    site: LoReftSite = field(
         default="post_block", metadata={"help": "Where in the block: 'post_block' or 'post_mlp'."}
     )
     activation: str | None = field(
@@ -60,10 +67,8 @@ class LoReftConfig(SteeringConfig):
         check_rank(self.r)
         check_activation(self.activation)
         check_dropout(self.dropout)
-        if self.site not in LOREFT_SITES:
-            raise ValueError(f"site={self.site!r} is unknown; use one of {LOREFT_SITES}.")
-        if not isinstance(self.share_weights, bool):
-            raise TypeError(f"share_weights must be True or False, got {self.share_weights!r}.")
+        check_choice("site", self.site, get_args(LoReftSite))
+        check_bool("share_weights", self.share_weights)
         if not self.share_weights and not first_and_last(self.positions):
             raise ValueError(
                 f"share_weights=False needs first and last tokens that are edited, but got "

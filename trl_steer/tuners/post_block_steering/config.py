@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from peft.utils import PeftType
 
-from ..steering.config import SteeringConfig, check_activation, check_dropout, check_number, check_rank
+from ..steering.config import SteeringConfig, check_activation, check_choice, check_dropout, check_number, check_rank
 
-STEERING_TYPES = ("low_rank", "vector")
+SteeringType = Literal["low_rank", "vector"]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class AdditiveSteeringConfig(SteeringConfig):
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the low-rank update. Not used with steering_type='vector'."})
-    steering_type: Literal["low_rank", "vector"] = field(
+    steering_type: SteeringType = field(
         default="low_rank",
         metadata={"help": "'low_rank': h + s * act(h @ W_down.T) @ W_up.T; 'vector': h + s * v."},
     )
@@ -54,8 +54,7 @@ class AdditiveSteeringConfig(SteeringConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steering_type not in STEERING_TYPES:
-            raise ValueError(f"steering_type must be one of {STEERING_TYPES}, got {self.steering_type!r}.")
+        check_choice("steering_type", self.steering_type, get_args(SteeringType))
         check_rank(self.r)
         check_activation(self.activation)
         check_dropout(self.dropout)

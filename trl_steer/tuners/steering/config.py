@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,8 +112,7 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         check_number("scaling", self.scaling)
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(f"init_weights must be True or False, got {self.init_weights!r}.")
+        check_bool("init_weights", self.init_weights)
         first_and_last(self.positions)
         for name in ("base_model_type", "base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -197,6 +197,27 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, got {value}.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Checks that the value of the field `name` is `True` or `False`.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected {name} to be True or False, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Checks that the value of the field `name` is one of those that are allowed.
+
+    Raises:
+        ValueError: It is not.
+    """
+    allowed = tuple(allowed)  # not a dictionary, in which one cannot look for a list
+    if value not in allowed:
+        raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
 def check_rank(r: Any) -> None:
     """Checks that the field `r` is a positive integer.
 
@@ -231,7 +252,10 @@ def check_activation(activation: Any) -> None:
     known = isinstance(activation, str) and activation in ACT2FN
     if activation is not None and (not known or activation in _PARAMETRIC_ACTIVATIONS):
         allowed = sorted(set(ACT2FN) - set(_PARAMETRIC_ACTIVATIONS))
-        raise ValueError(f"activation must be None for the identity, or one of {allowed}, got {activation!r}.")
+        raise ValueError(
+            f"Expected activation to be None for the identity, or one of {', '.join(map(repr, allowed))}, got "
+            f"{activation!r}."
+        )
 
 
 def _as_set(names):

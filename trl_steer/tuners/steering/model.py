@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 
+from .config import check_choice
 from .sums import check_summable, summed_config, write_sums
 from .tuner import SteeringTuner
 
@@ -55,9 +56,9 @@ class SteeringModel(SteeringTuner, _BlocksOnlyTuner):
 
         Raises:
             ValueError: An adapter does not exist, the new one already does, or the adapters have no exact sum.
+            TypeError: A weight is not a number.
         """
-        if combination_type not in ("cat", "linear"):
-            raise ValueError(f"Invalid combination_type: {combination_type}. Use 'cat' or 'linear'.")
+        check_choice("combination_type", combination_type, ("cat", "linear"))
         check_summable(self, adapters, weights, adapter_name)
         self.peft_config[adapter_name] = summed_config(self, adapters)
         try:

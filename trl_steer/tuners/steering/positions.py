@@ -27,8 +27,8 @@ def first_and_last(positions: str) -> int:
         return int(match[1])
     if positions not in (ALL, LAST_PROMPT):
         raise ValueError(
-            f"positions={positions!r} is unknown; use {ALL!r}, {LAST_PROMPT!r}, or for example 'f7+l7', the first and "
-            "the last 7 tokens of the prompt (the same number of both)."
+            f"Expected positions to be {ALL!r}, {LAST_PROMPT!r}, or for example 'f7+l7' (the first and the last 7 "
+            f"tokens of the prompt, the same number of both), got {positions!r}."
         )
     return 0
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 
+from .config import check_number
 from .layer import SteeringLayer
 
 
@@ -15,19 +15,20 @@ def check_summable(tuner: Any, adapters: list[str], weights: list[float], adapte
     """Checks that adapters of a tuner have an exact sum.
 
     Raises:
-        ValueError: They do not, or an adapter does not exist, or the new one already does.
+        ValueError: They do not, or an adapter does not exist, or the new one already does, or a weight is not finite.
+        TypeError: A weight is not a number.
     """
     if adapter_name in tuner.peft_config:
-        raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        raise ValueError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete it first.")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"Expected one weight for each adapter, got {len(adapters)} adapters, {len(weights)} weights."
         )
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
-        raise ValueError(f"`weights` must be finite numbers, got {weights}.")
+    for index, weight in enumerate(weights):
+        check_number(f"weights[{index}]", weight)
     for name in adapters:
         if name not in tuner.peft_config:
-            raise ValueError(f"Adapter {name} does not exist")
+            raise ValueError(f"There is no adapter {name!r}; the model has {list(tuner.peft_config)}.")
     layers = [layer for _, layer in tuner.named_steering_layers()]
     if any(layer.adapters[name].is_offloaded() for layer in layers for name in adapters if name in layer.adapters):
         raise ValueError(
@@ -38,7 +39,10 @@ def check_summable(tuner: Any, adapters: list[str], weights: list[float], adapte
         for field in ("site", "positions", *tuner.steering_layer_cls.adapter_class(config).structural_fields):
             values = {name: getattr(other, field, None) for name, other in configs.items()}
             if len(set(values.values())) > 1:
-                raise ValueError(f"Adapters with different {field} have no exact sum: {values}.")
+                raise ValueError(
+                    f"Adapters with different {field} have no exact sum: {values}. Use adapters with the same "
+                    f"{field}, or activate them together."
+                )
     if any(tuner.peft_config[n].modules_to_save or tuner.peft_config[n].trainable_token_indices for n in adapters):
         raise ValueError(
             "add_weighted_adapter is not supported for adapters with `modules_to_save` or `trainable_token_indices`."

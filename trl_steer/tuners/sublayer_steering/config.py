@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from peft.utils import PeftType
 
 from ..post_block_steering.config import AdditiveSteeringConfig
+from ..steering.config import check_choice
 
-SUBLAYER_SITES = ("pre_mlp", "post_mlp", "post_attn")
+SublayerSite = Literal["pre_mlp", "post_mlp", "post_attn"]
 
 
 @dataclass
@@ -35,12 +36,11 @@ class SublayerSteeringConfig(AdditiveSteeringConfig):
         TypeError: A field has a value of the wrong type.
     """
 
-    site: Literal["pre_mlp", "post_mlp", "post_attn"] = field(
+    site: SublayerSite = field(
         default="post_mlp", metadata={"help": "Where in the block: 'pre_mlp', 'post_mlp' or 'post_attn'."}
     )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["SUBLAYER_STEERING"]  # added by trl_steer.registration
-        if self.site not in SUBLAYER_SITES:
-            raise ValueError(f"site must be one of {SUBLAYER_SITES}, got {self.site!r}.")
+        check_choice("site", self.site, get_args(SublayerSite))
