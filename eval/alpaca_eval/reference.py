@@ -125,7 +125,7 @@ def read_outputs(path: Path, reference: Reference) -> Outputs:
                 f"{where}: the instruction {row['instruction'][:60]!r} is not in the reference set, or is repeated. "
                 "Instructions must be exactly those of the reference set."
             )
-        # An instruction that is in the reference set twice is identified by its data set.
+        # An instruction that is in the reference set twice is identified by its dataset.
         index = next((index for index in place if reference.rows[index]["dataset"] == row.get("dataset")), place[0])
         place.remove(index)
         by_row[index] = row["output"]

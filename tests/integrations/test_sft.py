@@ -120,7 +120,7 @@ def test_number_of_trained_parameters_is_said(recipe, tmp_path, capsys):
     assert f"{sum(tensor.numel() for tensor in weights.values()):,} of" in capsys.readouterr().out
 
 
-def test_a_file_of_ones_own_is_the_data_set(recipe, tmp_path):
+def test_a_file_of_ones_own_is_the_dataset(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text())
     data, model = values["datasets"][0]["data_files"], values["model_name_or_path"]
     argv = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path), "--max_steps", "1"]
