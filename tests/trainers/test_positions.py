@@ -49,7 +49,7 @@ def test_other_trainers_find_the_prompt_from_labels_or_logits_to_keep(trainer_na
 @pytest.mark.parametrize(
     ("dataset", "arguments", "message"),
     [
-        (None, {}, "no prompt, of which tokens are to be edited"),
+        (None, {}, "has a completion but no prompt"),
         (prompts_and_completions, {"packing": True, "max_length": 32}, "packing=False"),
     ],
 )

@@ -223,7 +223,7 @@ def test_adapter_for_a_deeper_or_shallower_model_is_refused(folders):
 def test_fields_of_a_newer_version_are_named_in_a_warning_and_left_out(kind, tmp_path):
     model = steer(tiny_model(), kind)
     model.save_pretrained(tmp_path)
-    edit_config(tmp_path, positions="last", future_option=3)
+    edit_config(tmp_path, another_option="last", future_option=3)
     base = tiny_model()
     weights = weights_of(base)
     with pytest.warns(UserWarning, match="future_option"):

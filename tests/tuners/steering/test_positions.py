@@ -307,7 +307,7 @@ def test_unloading_and_deleting_leave_no_hook():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": None}, "nothing says what the prompt is"),
+        ({"labels": None}, "the prompt is unknown"),
         ({"labels": "ids"}, "has a completion but no prompt"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]] * 3)}, "packing"),
     ],
