@@ -70,7 +70,7 @@ def edit_tokens(
         residual (`torch.Tensor`, *optional*): Shape of `hidden`. The update is added to it. Default: `hidden`.
         scaling (`float`): Factor on the update.
         prompt ([`Prompt`]): The prompt of each row.
-        rows (`torch.Tensor`, *optional*): Booleans, whether to edit each entry of the first dimension of `hidden`. Default: all.
+        rows (`torch.Tensor`, *optional*): Boolean for each entry of `hidden`, whether to edit it. Default: all.
 
     Raises:
         ValueError: `hidden` does not have one entry for each token of the forward pass.

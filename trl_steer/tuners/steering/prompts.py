@@ -1,7 +1,7 @@
 """The position of the prompt among the tokens of a forward pass.
 
-The prompt is found from the arguments of the model, see [`prompt_in_call`]. Cached and generated tokens are not edited,
-so each prompt token is edited once.
+The prompt is found from the arguments of the model, see [`prompt_in_call`]. Cached and generated tokens are not
+edited, so each prompt token is edited once.
 """
 
 from __future__ import annotations
