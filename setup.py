@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: which packages there are, and the files at the root of site-packages.
+"""The parts of the build that pyproject.toml cannot express: the packages, and the files at the root of site-packages.
 
-`eval/` and `integrations/` stay at the top of the checkout and install inside the package, so that nothing named
-`eval` lands in site-packages. The files of `trl_steer/site_packages` go into wheels and editable installs alike; see
+`eval/` and `integrations/` are at the top of the checkout, but are installed inside the package, so that there is no
+`eval` in site-packages. Wheels and editable installs contain the files of `trl_steer/site_packages`; see
 `trl_steer/autoload.py`.
 """
 
@@ -18,7 +18,7 @@ FOLDERS = {"trl_steer": "trl_steer", "trl_steer.eval": "eval", "trl_steer.integr
 class BuildPyWithAutoload(build_py):
     def run(self):
         super().run()
-        # In an editable install `build_lib` is ignored, and what is to be installed as it is goes here.
+        # An editable install ignores `build_lib`, and installs the files in this folder unchanged.
         target = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         for file in Path("trl_steer", "site_packages").glob("trl_steer_autoload.*"):
             shutil.copy(file, target)
@@ -29,8 +29,8 @@ class EditableWheel(editable_wheel):
         super().finalize_options()
         if self.mode == "compat":
             raise ValueError(
-                "editable_mode=compat was given, which puts the checkout on sys.path: `eval` would be importable, and "
-                "trl_steer.eval would not. Leave it out, or give editable_mode=strict."
+                "editable_mode=compat is not supported: it adds the checkout to sys.path, so that `eval` could be "
+                "imported, and trl_steer.eval could not. Leave it out, or pass editable_mode=strict."
             )
 
 

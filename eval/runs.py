@@ -64,7 +64,7 @@ class Settings:
         method (`str`): One of [`METHODS`].
         model (`str`): Hub id, checkpoint folder, or [`models.EMBEDDED`].
         benchmark (`str`): The task of `trl_steer.tasks` to train on.
-        source (`dict`): Source of the benchmark's data set, for example the sizes and the seed of a generated one.
+        source (`dict`): Source of the benchmark's dataset, for example the sizes and the seed of a generated one.
         task (`str`): The lm-eval task.
         seed (`int`): Random seed of the initial weights and the order of the examples.
         r (`int`): Rank of LoRA, LoReFT and low-rank steering.

@@ -145,8 +145,10 @@ def edit_tensors(folder: Path, rng: random.Random) -> str:
     if kind == "missing":
         del tensors[key]
     elif kind == "extra":
-        head, _, leaf = key.rpartition(".")
-        tensors[rng.choice(["x", f"{key}.x", f"{head}.default.{leaf}", f"{head}.second.{leaf}", f"{head}.x"])] = tensor
+        head, _, tensor_name = key.rpartition(".")
+        tensors[
+            rng.choice(["x", f"{key}.x", f"{head}.default.{tensor_name}", f"{head}.second.{tensor_name}", f"{head}.x"])
+        ] = tensor
     elif kind == "renamed":
         old, new = rng.choice([("base_model.model.", ""), ("layers", "blocks"), ("down", "up"), ("lora_A", "lora_B")])
         tensors[key.replace(old, new)] = tensors.pop(key)

@@ -66,7 +66,7 @@ def run_plainly(base: str, leaves: list[list[torch.Tensor]], update, seed: int =
     return logits.detach(), gradients[0], gradients[1:]
 
 
-def leaves_of(model) -> list[list[torch.Tensor]]:
+def tensors_of(model) -> list[list[torch.Tensor]]:
     """Copies of all tensors of the adapters, block by block."""
     return [[p.detach().clone().requires_grad_() for p in adapter.parameters()] for adapter in adapters_of(model)]
 

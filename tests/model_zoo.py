@@ -51,14 +51,14 @@ class Family:
         model_cls (`str`): Name of the model class in transformers. Its config class is the `config_class` of that.
         config (`dict`): Arguments of the config class.
         blocks (`str`): Name of the list of blocks.
-        folds_vector (`bool`): Whether a steering vector equals a bias that the model has.
+        merges_vector (`bool`): Whether a steering vector equals a bias that the model has.
         text_config (`dict`): Arguments of the text half of a vision-language model.
     """
 
     model_cls: str
     config: dict[str, Any]
     blocks: str = "model.layers"
-    folds_vector: bool = False
+    merges_vector: bool = False
     text_config: dict[str, Any] = field(default_factory=dict)
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
@@ -78,7 +78,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", {**COMMON, "tie_word_embeddings": False}),
-    "llama_mlp_bias": Family("LlamaForCausalLM", {**COMMON, "mlp_bias": True}, folds_vector=True),
+    "llama_mlp_bias": Family("LlamaForCausalLM", {**COMMON, "mlp_bias": True}, merges_vector=True),
     "mistral": Family("MistralForCausalLM", {**COMMON, "sliding_window": 4}),
     "mixtral": Family("MixtralForCausalLM", {**COMMON, "num_local_experts": NUM_BLOCKS, "num_experts_per_tok": 2}),
     "qwen2": Family("Qwen2ForCausalLM", {**COMMON, "tie_word_embeddings": True}),
@@ -130,24 +130,24 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
-    "starcoder2": Family("Starcoder2ForCausalLM", {**COMMON, "sliding_window": None}, folds_vector=True),
+    "starcoder2": Family("Starcoder2ForCausalLM", {**COMMON, "sliding_window": None}, merges_vector=True),
     "gpt2": Family(
         "GPT2LMHeadModel",
         {**COMMON, "n_embd": HIDDEN_SIZE, "n_layer": NUM_BLOCKS, "n_head": 4, "n_positions": 128},
         blocks="transformer.h",
-        folds_vector=True,
+        merges_vector=True,
     ),
     "gpt_neox": Family(
-        "GPTNeoXForCausalLM", {**COMMON, "use_parallel_residual": True}, blocks="gpt_neox.layers", folds_vector=True
+        "GPTNeoXForCausalLM", {**COMMON, "use_parallel_residual": True}, blocks="gpt_neox.layers", merges_vector=True
     ),
     "gpt_neox_sequential": Family(
-        "GPTNeoXForCausalLM", {**COMMON, "use_parallel_residual": False}, blocks="gpt_neox.layers", folds_vector=True
+        "GPTNeoXForCausalLM", {**COMMON, "use_parallel_residual": False}, blocks="gpt_neox.layers", merges_vector=True
     ),
     "opt": Family(
         "OPTForCausalLM",
         {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN_SIZE, "init_std": 0.2},
         blocks="model.decoder.layers",
-        folds_vector=True,
+        merges_vector=True,
     ),
     # Blocks that end in a norm, and embeddings of another width than the residual stream.
     "opt_post_norm": Family(
@@ -176,7 +176,7 @@ FAMILIES = {
             "bias": True,
         },
         blocks="transformer.h",
-        folds_vector=True,
+        merges_vector=True,
     ),
     "llava": Family(
         "LlavaForConditionalGeneration",

@@ -1,7 +1,7 @@
 """What the commands of the documentation do in the tests, and what stands in for the Hub: the working directory.
 
 `trl-steer` and `lm_eval` are themselves. The others are read and checked, and do nothing: `accelerate launch` needs
-several GPUs, `pip` and `git` need a network, and `make test` would run the tests that run it.
+several GPUs, `pip` needs a network, and `make test` would run the tests that run it.
 """
 
 import argparse
@@ -72,15 +72,16 @@ def pip(arguments: list[str], checkout: Path) -> int:
 
 
 def git(arguments: list[str], checkout: Path) -> int:
-    """`git clone` with the files that `make` reads, and an environment that cannot be told from none."""
-    if arguments[0] != "clone":  # lm-eval asks where it is
-        return 1
-    target = arguments[2]
-    (Path(target) / ".venv" / "bin").mkdir(parents=True)
-    (Path(target) / ".venv" / "bin" / "activate").touch()
+    """Finds no repository. lm-eval asks for it."""
+    return 1
+
+
+def lay_out_checkout(folder: Path, checkout: Path) -> None:
+    """Gives a folder the files that `make` reads, and an empty environment, as if `make` had created it."""
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
-        shutil.copy(checkout / name, target)
-    return 0
+        shutil.copy(checkout / name, folder)
 
 
 def make(arguments: list[str], checkout: Path) -> int:

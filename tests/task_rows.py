@@ -1,4 +1,4 @@
-"""Rows in the columns of the six data sets, written for the tests, and a folder of them laid out like the Hub."""
+"""Rows in the columns of the six datasets, written for the tests, and a folder of them laid out like the Hub."""
 
 import random
 from pathlib import Path

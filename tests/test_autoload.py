@@ -88,14 +88,14 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("order", IMPORTS_OF_OTHERS)
-def test_types_are_registered_by_programs_that_do_not_know_us(order, server):
+def test_types_are_registered_in_programs_that_do_not_import_trl_steer(order, server):
     mentions = "import sys; assert 'POST_BLOCK_STEERING' in sys.modules['peft'].PeftType.__members__\n"
     assert server.run(IMPORTS_OF_OTHERS[order] + "\n" + mentions + REGISTERED) == ""
 
 
 @pytest.mark.parametrize("switch", ["", NO_AUTOLOAD], ids=["autoload", "no autoload"])
 @pytest.mark.parametrize("order", IMPORTS_OF_OURS)
-def test_importing_us_in_any_order_registers(order, switch, server):
+def test_importing_trl_steer_in_any_order_registers(order, switch, server):
     assert server.run(switch + IMPORTS_OF_OURS[order] + REGISTERED) == ""
 
 
@@ -115,13 +115,13 @@ assert peft.__spec__.origin == specs[0].origin
     assert server.run(code + REGISTERED) == ""
 
 
-def test_adapter_folder_loads_in_a_program_that_does_not_know_us(server, adapter_folder):
+def test_adapter_folder_loads_in_a_program_that_does_not_import_trl_steer(server, adapter_folder):
     code = f"from peft import PeftConfig; print(PeftConfig.from_pretrained({str(adapter_folder)!r}))"
     assert server.run(code).startswith("PostBlockSteeringConfig(")
     assert "r=3" in server.run(code)
 
 
-def test_switched_off_pefts_own_error_remains_until_we_are_imported(server, adapter_folder):
+def test_without_autoload_peft_raises_its_own_error_until_trl_steer_is_imported(server, adapter_folder):
     code = f"""
 import sys
 from peft import PeftConfig, PeftType
@@ -270,7 +270,7 @@ def test_pickled_member_opens_in_a_process_that_has_imported_nothing(server):
 
 
 @pytest.mark.parametrize("other", ["importlib.metadata", "email.message", "torch", "trl_steer"])
-def test_importing_peft_while_another_thread_imports_what_we_need_ends(other):
+def test_importing_peft_while_another_thread_imports_our_dependencies_does_not_deadlock(other):
     # In a process of its own, since what the fork server has imported no thread waits for.
     code = f"""
 import threading
@@ -284,7 +284,7 @@ print("POST_BLOCK_STEERING" in peft.PeftType.__members__)
 
 
 @pytest.mark.parametrize("damage", ['sys.modules["trl_steer"] = None', 'sys.modules["trl_steer.registration"] = None'])
-def test_broken_package_breaks_peft_not_even_where_warnings_are_errors(damage):
+def test_broken_package_does_not_break_peft_if_warnings_are_errors(damage):
     code = f"import sys, warnings; {damage}; warnings.simplefilter('error', RuntimeWarning); import peft; print(peft)"
     ran = run_python(code)
     assert "<module 'peft'" in ran.stdout
@@ -313,16 +313,16 @@ LIKE_OURS = ["trl_steer/__init__.py", "trl_steer/site_packages/trl_steer_autoloa
 
 
 @pytest.mark.parametrize("names", [*USERS_OWN, LIKE_OURS], ids=lambda names: names[-1])
-def test_what_has_our_name_in_the_working_directory_is_not_run(names, tmp_path):
+def test_trl_steer_file_in_the_working_directory_is_not_run(names, tmp_path):
     plant(tmp_path, *names)
     result = import_peft(tmp_path)
     assert result.stdout == "went on\n"
     # A folder that is no package stands behind an installed one, but before the finder of an editable install.
     if "notes" not in names[-1]:
-        assert f"should find the installed package, and finds {tmp_path}" in result.stderr
+        assert f"should find the installed package, but finds {tmp_path}" in result.stderr
 
 
-def test_what_has_our_name_on_the_python_path_is_run_only_if_it_is_ours(tmp_path):
+def test_trl_steer_file_on_pythonpath_is_run_only_if_it_is_the_package(tmp_path):
     users, ours = tmp_path / "users", tmp_path / "ours"
     plant(users, "trl_steer.py")
     plant(ours, *LIKE_OURS)
@@ -330,7 +330,7 @@ def test_what_has_our_name_on_the_python_path_is_run_only_if_it_is_ours(tmp_path
     assert import_peft(ours, ours).stdout == "run\nwent on\n"
 
 
-def test_script_with_our_name_runs_once(tmp_path):
+def test_script_named_trl_steer_runs_once(tmp_path):
     script = tmp_path / "trl_steer.py"
     script.write_text("print('run')\nimport peft\n")
     (tmp_path / "peft.py").touch()

@@ -57,7 +57,7 @@ def test_text_json_and_json_lines_come_back(tmp_path):
     assert names(file.parent) == ["file"]
 
 
-def test_a_file_keeps_its_text_where_the_disk_is_full(tmp_path):
+def test_file_keeps_its_text_if_the_disk_is_full(tmp_path):
     file = tmp_path / "file"
     files.write_text(file, "before")
     with full_disk(1000), pytest.raises(OSError, match="File too large"):
@@ -96,7 +96,7 @@ def test_a_folder_that_was_not_finished_does_not_appear(tmp_path):
     assert (tmp_path / "made" / "one").read_text() == "1"
 
 
-def test_the_faster_of_two_writers_keeps_its_folder(tmp_path):
+def test_first_of_two_writers_keeps_its_folder(tmp_path):
     with files.new_folder(tmp_path / "made") as slow:
         (slow / "by").write_text("slow")
         with files.new_folder(tmp_path / "made") as fast:
@@ -105,7 +105,7 @@ def test_the_faster_of_two_writers_keeps_its_folder(tmp_path):
     assert names(tmp_path) == ["made"]
 
 
-def test_an_empty_folder_hides_no_error(tmp_path, monkeypatch):
+def test_error_at_an_existing_empty_folder_is_raised(tmp_path, monkeypatch):
     """An earlier version took it for the folder of a faster process, and threw the finished one away."""
     (tmp_path / "made").mkdir()
     fail_at_rename(1, monkeypatch)
@@ -149,7 +149,7 @@ def test_a_folder_in_use_is_refused_before_the_work(tmp_path):
     assert names(tmp_path) == ["file", "used"]
 
 
-def test_where_another_process_was_faster_with_one_of_several_folders_none_is_put_in_place(tmp_path):
+def test_if_another_process_created_one_of_several_folders_none_is_put_in_place(tmp_path):
     with (
         pytest.raises(FileExistsError, match="b exists and is not empty"),
         files.new_folders(tmp_path / "a", tmp_path / "b"),
@@ -204,7 +204,7 @@ with new_folders(Path({str(tmp_path / "a")!r}), Path({str(tmp_path / "b")!r})) a
     assert names(tmp_path / "a") == ["one"]
 
 
-def test_what_is_removed_loses_its_name_before_its_content(tmp_path, monkeypatch):
+def test_removed_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkeypatch):
     fill(tmp_path / "folder")
     (tmp_path / "file").write_text("")
     files.remove(tmp_path / "file")

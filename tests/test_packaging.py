@@ -159,7 +159,7 @@ for name in ("eval", "integrations"):
     assert set(installed.run("-c", code).splitlines()) == expected
 
 
-def test_peft_knows_our_types_without_importing_us(installed):
+def test_peft_knows_our_types_without_importing_trl_steer(installed):
     code = """
 import sys
 finders = [getattr(finder, "__name__", "") for finder in sys.meta_path]
@@ -192,7 +192,7 @@ def test_commands_run(installed):
     assert installed.run("-m", "trl_steer.integrations.trl.sft", "--dry_run", "--method", "vector")
 
 
-def test_what_is_pickled_opens_in_another_process(installed):
+def test_pickled_class_opens_in_another_process(installed):
     code = "import pickle; from trl_steer.eval.runs import Settings; print(pickle.dumps(Settings).hex())"
     data = installed.run("-c", code).strip()
     code = f"import pickle; print(pickle.loads(bytes.fromhex({data!r})).__module__)"
@@ -212,7 +212,7 @@ def test_editable_install_follows_the_checkout(source, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["editable", "strict"])
-def test_checkout_that_is_gone_is_said_by_our_import_and_breaks_no_other(how, tmp_path):
+def test_missing_checkout_is_an_error_of_importing_trl_steer_only(how, tmp_path):
     source = copy_checkout(tmp_path / "source")
     environment = Environment(tmp_path / "env")
     environment.install(how, source)

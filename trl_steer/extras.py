@@ -1,17 +1,17 @@
-"""Optional packages: which extra of ours brings one that is missing, said in a line."""
+"""Checks for optional packages, and names the extra that installs them."""
 
 import importlib.util
 
 
 def require(extra: str, *modules: str) -> None:
-    """Looks whether modules are installed, without importing them.
+    """Checks that modules are installed, without importing them.
 
     Args:
         extra (`str`): The extra of `pip install 'trl-steer[...]'` that installs them.
         modules (`str`): Names of top-level modules.
 
     Raises:
-        ModuleNotFoundError: One is not.
+        ModuleNotFoundError: A module is not installed.
     """
     for name in modules:
         if not _is_there(name):

@@ -59,17 +59,14 @@ class Client:
 
         `max_tokens` is sent as `max_completion_tokens` to endpoints that do not accept it.
 
-        Returns the answer, whose first choice is valid for [`thoughts.content`]. Raises `EndpointError` if the request
-        fails.
+        Returns the answer, whose first choice is valid for [`thoughts.content`].
+
+        Raises:
+            EndpointError: The request fails.
         """
         import openai
 
-        temporary = (
-            openai.APIConnectionError,
-            openai.RateLimitError,
-            openai.ConflictError,
-            openai.InternalServerError,
-        )
+        busy = (openai.APIConnectionError, openai.RateLimitError, openai.ConflictError, openai.InternalServerError)
         for attempt in itertools.count():
             sent = {self._limit if name == "max_tokens" else name: value for name, value in body.items()}
             try:
@@ -86,7 +83,7 @@ class Client:
                     self._limit = "max_completion_tokens"
                     continue
                 converted = self._converted(error)
-                can_retry = isinstance(error, temporary) and not isinstance(converted, RejectedError)
+                can_retry = isinstance(error, busy) and not isinstance(converted, RejectedError)
                 if not can_retry or attempt >= self.retries or self.stopped.wait(_pause(error, attempt)):
                     raise converted from None  # the request in `error` contains the key
         raise AssertionError

@@ -63,9 +63,7 @@ def judge(arguments: argparse.Namespace) -> int:
     settings = dict(arguments.judge_setting)
     chosen = judges.resolve(arguments.judge, arguments.judge_model, arguments.endpoint, settings)
     if chosen.key_variable and arguments.api_key_env and not arguments.endpoint:
-        raise ValueError(
-            f"{arguments.judge} has its own api_key_env. Pass --endpoint with --api-key-env to override it."
-        )
+        raise ValueError(f"{arguments.judge} has its own api_key_env. Pass --endpoint too to override it.")
     client = _client(arguments, chosen.endpoint, chosen.key_variable)
     known = reference.load(arguments.reference)
     given = reference.read_outputs(file, known)

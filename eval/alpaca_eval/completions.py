@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,10 +10,12 @@ from . import thoughts, upstream
 from .client import ATTEMPTS, Client, EndpointError, RejectedError, UnreachableError
 from .journal import Journal
 from .judges import Judge
+from .thoughts import Pattern
 
 # Rows to try before the first failure counts as a failure of the judge rather than of a row.
 PROBES = 3
 CHARACTERS_PER_TOKEN = 4
+Confirm = Callable[[str], None]
 
 
 class UnusableAnswerError(EndpointError):
@@ -36,13 +37,7 @@ class Completions:
     """
 
     def __init__(
-        self,
-        annotator: Any,
-        judge: Judge,
-        client: Client,
-        journal: Journal,
-        pattern: re.Pattern[str] | None,
-        confirm: Callable[[str], None],
+        self, annotator: Any, judge: Judge, client: Client, journal: Journal, pattern: Pattern, confirm: Confirm
     ):
         self._parser, self._batch_size = annotator.fn_completion_parser, annotator.batch_size
         self._column = annotator.completion_key
@@ -110,7 +105,7 @@ class Completions:
                     raise
 
     def _keep(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keeps the fields of an answer for the parser. Raises `UnusableAnswerError` if it has no judgement."""
+        """Keeps the fields of an answer for the parser."""
         choice = answer["choices"][0]
         text = thoughts.content(choice)
         if text is None:

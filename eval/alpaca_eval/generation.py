@@ -17,7 +17,11 @@ PROGRESS = "progress.jsonl"
 
 
 def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Stores the settings of the outputs in `folder`. Raises `ValueError` if it has outputs with other settings."""
+    """Stores the settings of the outputs in `folder`.
+
+    Raises:
+        ValueError: It has outputs with other settings.
+    """
     # Settings may change as long as there are no outputs.
     before = read_json(folder / SETTINGS) if Journal(folder / PROGRESS).read() else dict(settings)
     names = dict.fromkeys([*before, *settings])
@@ -45,7 +49,10 @@ def generate(
         answer (`Callable`): Returns the outputs for a batch of instructions.
         client (`Client`, *optional*): For a served model, where other rows continue if one fails.
 
-    Returns the number of empty outputs. Raises `RuntimeError` if outputs are missing; finished ones are kept.
+    Returns the number of empty outputs.
+
+    Raises:
+        RuntimeError: Outputs are missing. Finished ones are kept.
     """
     from tqdm import tqdm
 

@@ -31,7 +31,7 @@ class Journal:
         return [record for record in records if isinstance(record, dict)]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Appends a record and flushes it to disk. Raises `OSError` if this fails."""
+        """Appends a record and flushes it to disk."""
         line = json.dumps(record).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("ab+", buffering=0) as file:

@@ -151,19 +151,22 @@ def _endpoint(path: Path, given: str | None, client: Mapping[str, Any]) -> tuple
 
 
 def check_endpoint(endpoint: str) -> str:
-    """The endpoint without a trailing slash. Raises `ValueError` if it is not a URL, or may contain a secret."""
+    """The endpoint without a trailing slash.
+
+    Raises:
+        ValueError: It is not a URL, or may contain a secret.
+    """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search("[@;?#]", endpoint):
-        raise ValueError(
-            "The endpoint must be a URL like http://localhost:8000/v1, without credentials, a query or a fragment."
-        )
+        raise ValueError("Expected a URL like http://localhost:8000/v1, without credentials, a query or a fragment.")
     return endpoint.rstrip("/")
 
 
 def read_key(endpoint: str, named: str | None, own: str | None = None) -> str | None:
     """The key in an environment variable: `named`, else that of the judge, else `OPENAI_API_KEY`.
 
-    Raises `ValueError` if a required key is missing, or a key is not valid in an HTTP header.
+    Raises:
+        ValueError: A required key is missing, or a key is not valid in an HTTP header.
     """
     variable = named or own or KEY_VARIABLE
     if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # may be the key itself, so do not show it
@@ -172,7 +175,5 @@ def read_key(endpoint: str, named: str | None, own: str | None = None) -> str | 
     if not key and (named is not None or endpoint == OPENAI):
         raise ValueError(f"The environment variable {variable} is empty. Set it to the key for {endpoint}.")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"The key in {variable} has a character that is not allowed in an HTTP header. Check the key."
-        )
+        raise ValueError(f"The key in {variable} has a character that is not allowed in an HTTP header.")
     return key or None

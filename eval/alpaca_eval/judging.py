@@ -34,8 +34,11 @@ def ask(
     """Runs the package's annotator on the outputs, and stores every answer of the judge.
 
     Returns a data frame of judgements, indexed by reference row, and counts of failures by reason. See [`Completions`]
-    for the arguments; `cache` has a folder for each judge. Raises `ValueError` if the package does not accept the
-    judge's settings, and `EndpointError` if the first request fails.
+    for the arguments; `cache` has a folder for each judge.
+
+    Raises:
+        ValueError: The package does not accept the judge's settings.
+        EndpointError: The first request fails.
     """
     import pandas
 

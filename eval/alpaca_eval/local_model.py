@@ -42,15 +42,16 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[A
     and with embeddings resized to it.
 
     Returns the model, its tokenizer, and a description with `model`, `adapter` and the number of `parameters` of each.
-    Raises `ValueError` or `OSError` if there is no model, or two adapters, or an adapter without a base model.
+
+    Raises:
+        ValueError, OSError: There is no model, or two adapters, or an adapter without a base model.
     """
     from peft import PeftConfig, PeftModel
     from transformers.utils import find_adapter_config_file
 
     if Path(model).is_dir() and not any(Path(model).glob("*config.json")):
         raise FileNotFoundError(
-            f"{model} has neither config.json nor adapter_config.json. Pass the folder of a checkpoint or an adapter, "
-            "such as the output_dir of a training run."
+            f"{model} has neither config.json nor adapter_config.json. Pass the folder of a checkpoint or an adapter."
         )
     revision = "main"
     if find_adapter_config_file(model) is not None:

@@ -39,7 +39,11 @@ class Reference:
 
 
 def load(folder: Path | None = None, with_gamed: bool = True) -> Reference:
-    """Loads the reference set from the Hub or a folder. Raises `ValueError` if files, rows or columns are missing."""
+    """Loads the reference set from the Hub or a folder.
+
+    Raises:
+        ValueError: Files, rows or columns are missing.
+    """
     paths = {name: _find(name, folder) for name in (BASELINE, GAMED)[: 2 if with_gamed else 1]}
     try:
         rows = json.loads(paths[BASELINE].read_text(encoding="utf-8"))
@@ -76,8 +80,7 @@ def _check_gamed(path: Path, count: int) -> None:
     # The package looks up a row's difficulty by its position in this table.
     if index[:count] != list(range(count)) or set(index) != set(range(count)):
         raise ValueError(
-            f"{path} must have the columns {', '.join(GAMED_COLUMNS)}, and must start with the {count} rows of "
-            f"{BASELINE}, in the same order."
+            f"{path} must have {', '.join(GAMED_COLUMNS)} and the {count} rows of {BASELINE} in the same order."
         )
 
 
@@ -90,7 +93,7 @@ class Outputs:
 
 
 def find_outputs(path: Path) -> Path:
-    """The file of outputs: `path`, or the one in this folder. Raises `ValueError` if there is none."""
+    """The file of outputs: `path`, or the one in this folder."""
     file = path / OUTPUTS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} does not exist. Pass a {OUTPUTS}, or the folder of a finished `generate`.")
@@ -100,8 +103,10 @@ def find_outputs(path: Path) -> Path:
 def read_outputs(path: Path, reference: Reference) -> Outputs:
     """Reads model outputs in any order, and finds their reference rows by their instructions.
 
-    (The package uses the position in the file, which gives wrong difficulties for a subset.) Raises `ValueError` if
-    columns are missing, instructions are unknown or repeated, or there are several generators.
+    (The package uses the position in the file, which gives wrong difficulties for a subset.)
+
+    Raises:
+        ValueError: Columns are missing, instructions are unknown or repeated, or there are several generators.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
@@ -122,10 +127,9 @@ def read_outputs(path: Path, reference: Reference) -> Outputs:
         place = places[row["instruction"]]
         if not place:
             raise ValueError(
-                f"{where}: the instruction {row['instruction'][:60]!r} is not in the reference set, or is repeated. "
-                "Instructions must be exactly those of the reference set."
+                f"{where}: {row['instruction'][:60]!r} is not an instruction of the reference set, or is repeated."
             )
-        # An instruction that is in the reference set twice is identified by its data set.
+        # An instruction that is in the reference set twice is identified by its dataset.
         index = next((index for index in place if reference.rows[index]["dataset"] == row.get("dataset")), place[0])
         place.remove(index)
         by_row[index] = row["output"]

@@ -44,12 +44,10 @@ PAPER = [
 
 
 def read(path: Path) -> list[Row]:
-    """The results in a folder of a judge, or in the judges' folders inside. Raises `ValueError` if there are none."""
+    """The results in a folder of a judge, or in the judges' folders inside."""
     files = [path / RESULT] if (path / RESULT).is_file() else sorted(path.glob(f"*/{RESULT}"))
     if not files:
-        raise ValueError(
-            f"There is no {RESULT} in {path} or a folder inside. Run `trl-steer alpaca-eval judge` first."
-        )
+        raise ValueError(f"There is no {RESULT} in {path} or a folder inside. Run `judge` first.")
     return [_row(file) for file in files]
 
 

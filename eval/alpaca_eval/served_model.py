@@ -1,12 +1,11 @@
 """Answers of a model at an OpenAI-compatible endpoint, such as a vLLM server."""
 
-import re
 from typing import Any
 
 from . import thoughts
 from .client import Client, EndpointError
 from .local_model import ALPACA, CHAT, PLACE, Sampling, alpaca_prompt, messages
-from .thoughts import Output
+from .thoughts import Output, Pattern
 
 
 class ServedModel:
@@ -19,13 +18,7 @@ class ServedModel:
     """
 
     def __init__(
-        self,
-        model: str,
-        client: Client,
-        prompt: str,
-        sampling: Sampling,
-        pattern: re.Pattern[str] | None,
-        allow_empty: bool = False,
+        self, model: str, client: Client, prompt: str, sampling: Sampling, pattern: Pattern, allow_empty: bool = False
     ):
         self._client, self._pattern, self._allow_empty = client, pattern, allow_empty
         self._is_alpaca = prompt == ALPACA
@@ -40,7 +33,7 @@ class ServedModel:
         return {"messages": messages(instruction)}
 
     def answer(self, instructions: list[str]) -> list[Output]:
-        """One output for each instruction. Raises `EndpointError` if an answer is missing or has no text."""
+        """One output for each instruction."""
         return [self._one(instruction) for instruction in instructions]
 
     def _one(self, instruction: str) -> Output:

@@ -21,7 +21,11 @@ ROW, WEIGHTS_ROW = "leaderboard_row.csv", "glm_weights_row.csv"
 
 
 def check(folder: Path, judged: Path, anyway: bool = False) -> dict[str, Any]:
-    """The result in the folder `judged`. Raises `ValueError` if it cannot be submitted, or `folder` exists."""
+    """The result in the folder `judged`.
+
+    Raises:
+        ValueError: It cannot be submitted, or `folder` exists.
+    """
     if not (judged / judging.RESULT).is_file():
         raise ValueError(f"{judged} has no {judging.RESULT}. Pass a folder written by `judge`.")
     if folder.exists():
@@ -30,8 +34,7 @@ def check(folder: Path, judged: Path, anyway: bool = False) -> dict[str, Any]:
     name = result["name"]
     if "/" in name or name.startswith(".") or name in _leaderboard().index:
         raise ValueError(
-            f"{name!r} is already on the leaderboard, which would skip it, or is not a valid name of a folder. "
-            "Generate with another --name."
+            f"{name!r} is already on the leaderboard, or is not a name of a folder. Generate with another --name."
         )
     if None in [result[name] for name in judging.NUMBERS]:
         raise ValueError(f"The result has NaN among {', '.join(judging.NUMBERS)}. Judge more rows.")
@@ -44,7 +47,11 @@ def check(folder: Path, judged: Path, anyway: bool = False) -> dict[str, Any]:
 
 
 def write(folder: Path, judged: Path, result: dict[str, Any], outputs: Outputs, reference: Reference) -> None:
-    """Writes a submission to a new folder. Raises `ValueError` if the outputs have changed since they were judged."""
+    """Writes a submission to a new folder.
+
+    Raises:
+        ValueError: The outputs have changed since they were judged.
+    """
     import pandas
 
     name, judge = result["name"], result["judge"]

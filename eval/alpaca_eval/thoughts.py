@@ -3,6 +3,7 @@
 import re
 from typing import Any, NamedTuple
 
+Pattern = re.Pattern[str] | None
 OPENING = "<think>"
 # Tags of Qwen and DeepSeek, whose chat templates may contain the opening one, of Mistral, and of gpt-oss.
 PATTERN = (
@@ -18,7 +19,7 @@ class Output(NamedTuple):
     thought: str = ""
 
 
-def split(text: str, pattern: re.Pattern[str] | None) -> Output:
+def split(text: str, pattern: Pattern) -> Output:
     """Separates the matches of `pattern` from the rest of a text. After a truncated thought, the rest is empty."""
     if pattern is None:
         return Output(text.strip())

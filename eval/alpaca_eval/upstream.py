@@ -17,7 +17,7 @@ from trl_steer.extras import require
 
 
 def folder() -> Path:
-    """The package's folder, without importing it. Raises `ImportError` if it is not installed."""
+    """The package's folder, without importing it."""
     require("alpaca", "alpaca_eval")
     spec: Any = importlib.util.find_spec("alpaca_eval")
     return Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""Checks of what `lm-eval run` and `validate` were asked for, before models are imported and all tasks are read."""
+"""Checks the arguments of `lm-eval run` and `validate`, before models are imported and all tasks are read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 from trl_steer.checkpoint_names import check_folder, check_on_hub
 
-# Those of lm-eval's models that load `pretrained` with transformers.
+# lm-eval's models that load `pretrained` with transformers.
 _TRANSFORMERS_MODELS = ("hf", "hf-auto", "huggingface")
 
-# Where lm-eval takes another device than the one it does not know, or fails once the model is loaded.
+# lm-eval replaces an unknown device silently, and rejects the others only after loading the model.
 _EXPECTED = {
     "batch_size": (r"[1-9]\d*|auto(:[\d.]+)?", "a positive integer, `auto` or `auto:N`"),
     "device": (r"(auto|cpu|cuda|mps|npu|xpu|hpu)(:\d+)?", "cpu, or an accelerator such as cuda, cuda:1 or mps"),
@@ -27,16 +27,16 @@ _EXPECTED = {
 
 
 class RequestError(ValueError):
-    """Something the user can mend, said in one line."""
+    """An invalid request, described in one line."""
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Looks whether the configuration, the tasks, the model and the adapter that were asked for exist.
+    """Checks that the configuration, tasks, model and adapter exist.
 
-    lm-eval finds each of them out too, but up to 15 seconds later and with a traceback.
+    lm-eval checks this too, but up to 15 seconds later and with a traceback.
 
     Raises:
-        RequestError: One of them does not.
+        RequestError: One of them does not exist, or an option has an invalid value.
     """
     if arguments.command == "validate":
         _check_tasks(arguments.tasks.split(","), arguments.include_path)
@@ -45,7 +45,7 @@ def check(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     tasks = [config.tasks] if isinstance(config.tasks, str) else config.tasks
     if not tasks:
-        raise RequestError("There is nothing to evaluate; name tasks with --tasks (`lm-eval ls tasks` lists them).")
+        raise RequestError("There is nothing to evaluate. Pass tasks with --tasks (`lm-eval ls tasks` lists them).")
     _check_tasks([name for task in tasks for name in str(task).split(",")], config.include_path)
     _check_model(config.model, config.model_args)
     given = {**config.model_args, "batch_size": config.batch_size, "device": config.device}
@@ -74,11 +74,11 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _check_tasks(names: Sequence[str], include_path: str | Sequence[str] | None) -> None:
-    """A name that no task file has is no task, group or tag. Files, folders and patterns are left to lm-eval."""
+    """Checks that each name of a task, group or tag is in a task file. lm-eval checks files, folders and patterns."""
     included = [include_path] if isinstance(include_path, str) else include_path or []
     for folder in included:
         if not Path(folder).is_dir():
-            raise RequestError(f"--include_path {folder}: there is no such folder.")
+            raise RequestError(f"--include_path {folder} does not exist.")
     missing = [name for name in names if re.fullmatch(r"[\w-]+", name) and not Path(name).is_dir()]
     for folder in (*included, str(resources.files("lm_eval") / "tasks")):
         for file in Path(folder).rglob("*.yaml"):
@@ -87,7 +87,7 @@ def _check_tasks(names: Sequence[str], include_path: str | Sequence[str] | None)
             text = file.read_text(encoding="utf-8", errors="replace")
             missing = [name for name in missing if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
     if missing:
-        raise RequestError(f"Tasks not found: {', '.join(missing)}. `lm-eval ls tasks` lists those that there are.")
+        raise RequestError(f"Tasks not found: {', '.join(missing)}. `lm-eval ls tasks` lists the available ones.")
 
 
 def _check_model(name: str, model_args: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""lm-eval's own command line, with our PEFT types registered and our tasks in reach; and where those tasks are."""
+"""lm-eval's command line with our PEFT types and tasks, and the folder of the tasks."""
 
 import argparse
 import sys
@@ -11,9 +11,9 @@ from trl_steer.integrations.lm_eval.checks import RequestError, check
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
-    """Runs lm-eval on `argv` (default: that of the process), which may name our tasks beside lm-eval's and the user's.
+    """Runs lm-eval with the arguments `argv` (default: those of the process), which may name our tasks too.
 
-    Returns the exit status. Errors are said in one line; with `--debug` the traceback is shown.
+    Returns the exit status. Errors are printed as one line, or with `--debug` as a traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
         command_line.execute(arguments)
     except KeyboardInterrupt:
         print(
-            f"\n{prog}: stopped. Only the answers in the cache of --use_cache, if it was given, are kept.",
+            f"\n{prog}: stopped. Only answers in the cache of --use_cache are kept.",
             file=sys.stderr,
         )
         return 130
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "lm-eval") -> int:
 
 
 def tasks_folder() -> str:
-    """The folder for `lm_eval --include_path`."""
+    """The folder of our tasks, for `lm_eval --include_path`."""
     return str(resources.files("trl_steer.eval") / "tasks")
 
 
@@ -70,10 +70,10 @@ def print_tasks_folder(argv: Sequence[str] | None = None, prog: str = "trl-steer
 
 
 def _include_our_tasks(arguments: argparse.Namespace) -> None:
-    """Puts our folder before the user's, whose tasks go before ours where they have the same name.
+    """Adds our folder before the user's folders. If two tasks have the same name, the user's is used.
 
-    `TaskManager` takes a list of folders, only lm-eval's parser does not. The option, once set, hides the same entry
-    of the file that `--config` names, so that is looked up here.
+    `TaskManager` accepts a list of folders, but lm-eval's parser does not. Since setting the option overrides the
+    same entry of the `--config` file, that entry is read here.
     """
     if "include_path" not in arguments:
         return

@@ -1,4 +1,4 @@
-"""The data of `trl-steer sft`: one of our tasks, a file, a data set on the Hub, or a mixture of data sets."""
+"""The data of `trl-steer sft`: one of our tasks, a file, a dataset on the Hub, or a mixture of datasets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def load_dataset(ours: SteeringArguments, script: Any, training: Any, mixture: A
     """The splits to train and evaluate on, as a `DatasetDict`.
 
     Raises:
-        ArgumentError: The data set cannot be loaded, or a split is missing.
+        ArgumentError: The dataset cannot be loaded, or a split is missing.
     """
     splits = _load(ours, script, mixture)
     needed = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
     for name in needed:
         if name not in splits:
             raise ArgumentError(
-                f"The data set has no split {name}, only {', '.join(map(str, splits))}. Choose another split with "
+                f"The dataset has no split {name}, only {', '.join(map(str, splits))}. Choose another split with "
                 "--dataset_train_split or --dataset_test_split, or another copy with --dataset_name or "
                 "--dataset_config."
             )
@@ -53,7 +53,7 @@ def _load(ours: SteeringArguments, script: Any, mixture: Any) -> Any:
             return datasets.DatasetDict({"train": rows})
         return datasets.load_dataset(name, name=script.dataset_config, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        what = f"--task {ours.task}" if ours.task else "The data set"
+        what = f"--task {ours.task}" if ours.task else "The dataset"
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         notes = getattr(error, "__notes__", [])
         raise ArgumentError(" ".join([f"{what}: {cause or error}", *notes])) from error

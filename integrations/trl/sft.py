@@ -5,7 +5,7 @@ Run it with `trl-steer sft`, or with a launcher:
     accelerate launch -m trl_steer.integrations.trl.sft --config recipe.yaml
 
 It takes all arguments of TRL's `sft` script. `--method` selects what is trained, `--preset` the values of settings
-that are not given, and `--task` one of our tasks as the data set.
+that are not given, and `--task` one of our tasks as the dataset.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     """Trains and saves to `--output_dir`, as TRL's script does. Returns the trainer.
 
     Raises:
-        ArgumentError: The data set cannot be loaded.
+        ArgumentError: The dataset cannot be loaded.
         ValueError: The adapter does not match the model, or the distributed setup is not supported.
         TrainingDivergedError: Training diverged.
     """

@@ -47,7 +47,7 @@ def test_quartiles_of_a_single_value():
         (1, ">= 1.15", False),
     ],
 )
-def test_bounds(ratio, bound, holds):
+def test_result_holds_within_its_bound(ratio, bound, holds):
     assert result(ratio, bound).holds is holds
 
 

@@ -68,7 +68,7 @@ def arguments(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_it_trains_scores_and_tells_each_method(name, arguments, tmp_path):
+def test_comparison_trains_scores_and_reports_each_method(name, arguments, tmp_path):
     assert comparison.main([name, *arguments, "--seeds", "3"]) == 0
     results = json.loads((tmp_path / "results" / f"{name}.json").read_text())
     methods = COMPARISONS[name].methods

@@ -5,7 +5,7 @@ import pytest
 from trl_steer.eval.benchmarks import evaluation
 
 
-def test_both_ways_answer_alike_and_give_one_ratio():
+def test_batched_and_single_answers_are_equal_and_give_one_ratio():
     (result,) = evaluation.run("cpu", repeats=2, quick=True)
     assert result.benchmark == evaluation.NAME
     assert (result.numerator, result.denominator) == (evaluation.SINGLE, evaluation.BATCHED)
@@ -13,7 +13,7 @@ def test_both_ways_answer_alike_and_give_one_ratio():
     assert "4 prompts, 4 texts equal" in result.case
 
 
-def test_other_answers_are_an_error(monkeypatch):
+def test_batching_that_changes_answers_raises(monkeypatch):
     def wrong(lm, requests, **_):
         return ["<answer>1</answer>"] * len(requests)
 

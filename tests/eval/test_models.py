@@ -39,7 +39,7 @@ def test_an_adapter_is_loaded_as_peft_itself_does(new_tokens, model, tmp_path):
     assert not ours.training
 
 
-def test_without_an_adapter_it_is_the_model(model):
+def test_loading_without_an_adapter_gives_the_model(model):
     loaded, _ = models.load(model, device="cpu")
     ids = torch.arange(9)[None]
     assert torch.equal(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits)
@@ -58,7 +58,7 @@ def test_a_hub_id_and_a_checkpoint_folder_are_taken_as_they_are(model):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_only_a_conversion_that_takes_place_is_spoken_of(there, tmp_path, monkeypatch):
+def test_conversion_is_announced_only_if_it_happens(there, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "embedded_gguf", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(models.importlib.metadata, "version", lambda _: "1")
     monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_, **__: tmp_path)

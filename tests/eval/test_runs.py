@@ -97,7 +97,7 @@ def test_a_finished_run_is_taken_as_it_is(finished, settings, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", [f"scores/{TASK}.json", f"scores/{TASK}.base.json", "adapter", "training.json"])
-def test_what_is_missing_is_made_again_as_it_was(missing, finished, settings, copy):
+def test_missing_parts_of_a_run_are_made_again_with_the_same_result(missing, finished, settings, copy):
     path = copy.folder / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     runs.make(settings, copy.folder, score_base=True)
@@ -217,7 +217,7 @@ def test_overwriting_starts_anew_and_leaves_what_is_not_of_the_run(settings, cop
     assert copy.settings == other.to_dict()
 
 
-def test_half_of_an_old_run_that_was_being_removed_is_not_taken_for_whole(finished, settings, copy, monkeypatch):
+def test_partly_removed_run_is_not_taken_as_complete(finished, settings, copy, monkeypatch):
     def stop(path):
         (path / "adapter_config.json").unlink()
         raise KeyboardInterrupt
@@ -266,7 +266,7 @@ with runs._locked(Path({str(copy.folder)!r})):
         assert f"process {os.getpid()} " in (copy.folder / ".lock").read_text()
 
 
-def test_what_a_kill_left_half_written_is_removed(settings, copy):
+def test_files_half_written_by_a_killed_run_are_removed(settings, copy):
     left = [".adapter.0123.partial", "scores/.steer_boolq.json.0123.partial", ".settings.json.0123.partial"]
     (copy.folder / left[0]).mkdir()
     for name in left[1:]:

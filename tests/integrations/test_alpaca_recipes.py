@@ -20,7 +20,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_recipe_is_the_papers_setting(row, tmp_path):
+def test_alpaca_recipe_equals_the_papers_setting(row, tmp_path):
     recipe = FOLDER / f"alpaca_llama31_8b_{row}.yaml"
     argv = ["--config", str(recipe), "--use_cpu", "--bf16", "false"]
     request = read(argv)

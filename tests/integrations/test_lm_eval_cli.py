@@ -71,7 +71,7 @@ def metrics(results: dict) -> dict[str, float]:
     return {name: task[f"{name},none"] for name in ("perplexity", "acc")}
 
 
-def test_stock_cli_scores_the_steered_model_as_the_api_does(folder, monkeypatch):
+def test_stock_lm_eval_cli_scores_the_steered_model_as_its_api_does(folder, monkeypatch):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -95,13 +95,13 @@ def test_stock_cli_scores_the_steered_model_as_the_api_does(folder, monkeypatch)
     assert abs(steered["perplexity"] - base["perplexity"]) > 1e-3 * abs(base["perplexity"])
 
 
-def test_switched_off_the_cli_fails_with_pefts_own_error(folder):
+def test_without_autoload_the_cli_fails_with_pefts_own_error(folder):
     process = run_lm_eval(folder, TRL_STEER_NO_AUTOLOAD="1")
     assert process.returncode != 0
     assert process.stderr.strip().splitlines()[-1] == "KeyError: 'POST_BLOCK_STEERING'"
 
 
-def test_our_program_finds_our_tasks_beside_those_of_the_user(folder):
+def test_trl_steer_lm_eval_finds_its_tasks_and_those_of_the_user(folder):
     command = [sys.executable, "-m", "trl_steer.integrations.lm_eval.launcher", "run", "--model", "dummy"]
     command += ["--include_path", str(folder / "tasks"), "--tasks", "steer_listops_synthetic,steer_test_task"]
     command += ["--limit", "2", "--output_path", str(folder / "both")]
@@ -120,9 +120,7 @@ def test_our_program_finds_our_tasks_beside_those_of_the_user(folder):
         ("include_path: theirs", "given", ["given"]),
     ],
 )
-def test_our_folder_goes_before_the_users_who_may_name_theirs_in_a_file(
-    tmp_path, monkeypatch, written, given, expected
-):
+def test_task_folder_goes_before_the_users_also_from_a_config_file(tmp_path, monkeypatch, written, given, expected):
     for folder in ("theirs", "one", "two", "given"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -169,7 +167,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_in_a_line(folder, capfd, name):
+def test_invalid_request_is_one_line(folder, capfd, name):
     (folder / "broken.yaml").write_text("tasks: [a")
     (folder / "unknown.yaml").write_text("taks: [a]")
     options, cause = WRONG[name]
@@ -185,7 +183,7 @@ def test_what_is_wrong_is_said_in_a_line(folder, capfd, name):
     assert len(printed.err.strip().splitlines()) <= 3, printed.err
 
 
-def test_a_wrong_name_is_told_before_anything_heavy_is_imported():
+def test_wrong_name_is_an_error_before_anything_heavy_is_imported():
     code = (
         "import sys; from trl_steer.integrations.lm_eval import launcher; "
         "status = launcher.main(['run', '--tasks', 'nosuch_task', '--model', 'dummy']); "
@@ -196,7 +194,7 @@ def test_a_wrong_name_is_told_before_anything_heavy_is_imported():
     assert "nosuch_task" in process.stderr
 
 
-def test_a_later_error_is_one_line_and_a_traceback_where_it_is_asked_for(folder, tmp_path, capfd):
+def test_later_error_is_one_line_and_debug_shows_the_traceback(folder, tmp_path, capfd):
     (tmp_path / "config.json").write_text("{}")
     command = ["run", "--tasks", "steer_test_task", "--include_path", str(folder / "tasks")]
     command.append(f"--model_args=pretrained={tmp_path}")
@@ -208,7 +206,7 @@ def test_a_later_error_is_one_line_and_a_traceback_where_it_is_asked_for(folder,
         launcher.main([*command, "--debug"])
 
 
-def test_interrupted_it_says_so_in_a_line(folder):
+def test_interruption_is_one_line(folder):
     command = ours("run", "--tasks", "steer_test_task", "--include_path", str(folder / "tasks"), "--device", "cpu")
     command.append(MODEL.format(folder=folder))
 

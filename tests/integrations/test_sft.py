@@ -39,7 +39,7 @@ def recipe(tmp_path_factory):
     return folder / "recipe.yaml"
 
 
-def test_trains_and_saves_an_adapter_that_loads(recipe, tmp_path):
+def test_sft_trains_and_saves_an_adapter_that_loads(recipe, tmp_path):
     assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path), "--steering_r", "2"]) == 0
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for tensor in weights.values())
@@ -49,7 +49,7 @@ def test_trains_and_saves_an_adapter_that_loads(recipe, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
 
 
-def test_blocks_that_the_model_does_not_have_are_said_in_one_line(recipe, tmp_path, capsys):
+def test_missing_blocks_are_an_error_of_one_line(recipe, tmp_path, capsys):
     assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path), "--steering_layers", "0", "9"]) == 1
     said = capsys.readouterr().err
     assert "error: layers_to_transform contains [9]" in said
@@ -96,7 +96,7 @@ def test_positions_reach_training_on_prompts_and_completions(method, recipe, tmp
     assert PeftConfig.from_pretrained(tmp_path).positions == "f2+l2"
 
 
-def test_full_trains_the_model_itself(recipe, tmp_path):
+def test_method_full_trains_the_weights_of_the_model(recipe, tmp_path):
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--method", "full", "--max_steps", "2"]
     assert sft.main(argv) == 0
     trained, base = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), tiny_model().state_dict()
@@ -113,14 +113,14 @@ def test_joint_is_short_for_joint_orth(recipe, tmp_path):
     assert OrthogonalityConstraint(model, "default").measure().max_overlap < 1e-5
 
 
-def test_number_of_trained_parameters_is_said(recipe, tmp_path, capsys):
+def test_number_of_trained_parameters_is_printed(recipe, tmp_path, capsys):
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--max_steps", "1"]
     assert sft.main([*argv, "--method", "vector"]) == 0
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert f"{sum(tensor.numel() for tensor in weights.values()):,} of" in capsys.readouterr().out
 
 
-def test_a_file_of_ones_own_is_the_data_set(recipe, tmp_path):
+def test_dataset_name_can_be_a_file(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text())
     data, model = values["datasets"][0]["data_files"], values["model_name_or_path"]
     argv = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path), "--max_steps", "1"]
@@ -128,7 +128,7 @@ def test_a_file_of_ones_own_is_the_data_set(recipe, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_end_token_is_not_trained_where_that_is_asked_for(recipe):
+def test_end_token_can_be_left_out_of_training(recipe):
     tokenizer = tiny_tokenizer()
     row = without_end_token({"prompt": "1 plus one is ", "completion": "2"}, tokenizer)
     assert tokenizer.eos_token_id not in row["input_ids"]
@@ -136,7 +136,7 @@ def test_end_token_is_not_trained_where_that_is_asked_for(recipe):
     assert tokenizer.decode(trained).strip() == "2"
 
 
-def test_resuming_skips_what_a_kill_left_half_written(recipe, tmp_path, caplog):
+def test_resuming_skips_a_checkpoint_half_written_by_a_killed_run(recipe, tmp_path, caplog):
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--max_steps", "4"]
     argv += ["--save_strategy", "steps", "--save_steps", "2"]
     assert sft.main(argv) == 0
@@ -176,7 +176,7 @@ def test_resuming_at_the_last_step_trains_no_further_step(method, recipe, tmp_pa
         (["--steering_rank", "8"], "--steering_rank"),
     ],
 )
-def test_what_the_libraries_refuse_is_one_line(argv, said, recipe, tmp_path, capsys):
+def test_errors_of_the_libraries_are_one_line(argv, said, recipe, tmp_path, capsys):
     assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path), *argv], "trl-steer sft") != 0
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("trl-steer sft: error: ")
@@ -190,7 +190,7 @@ def test_debug_shows_the_traceback(recipe, tmp_path):
         )
 
 
-def test_trains_under_accelerate_launch(recipe, tmp_path):
+def test_sft_trains_under_accelerate_launch(recipe, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     module = ["-m", "trl_steer.integrations.trl.sft", "--config", str(recipe), "--output_dir", str(tmp_path)]
     ran = subprocess.run([*launch, *module], capture_output=True, text=True, timeout=300)
@@ -198,7 +198,7 @@ def test_trains_under_accelerate_launch(recipe, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_that_ends_in_nan_is_stopped_and_advised(recipe, tmp_path, capsys):
+def test_sft_stops_at_nan_with_advice(recipe, tmp_path, capsys):
     argv = [
         "--config",
         str(recipe),
@@ -214,7 +214,7 @@ def test_a_run_that_ends_in_nan_is_stopped_and_advised(recipe, tmp_path, capsys)
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
-def test_a_run_that_ends_in_nan_saves_nothing_where_nothing_is_logged_either(recipe, tmp_path, capsys):
+def test_sft_with_nan_saves_nothing_even_without_logging(recipe, tmp_path, capsys):
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--learning_rate", "1e37", "--max_steps", "6"]
     assert sft.main([*argv, "--logging_strategy", "no", "--save_steps", "5"]) == 1
     assert "parameters are NaN or infinite" in capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_options_of_the_launcher_start_the_command_again_under_it(given_by, reci
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_two_processes_on_a_cpu_are_two(recipe, tmp_path, monkeypatch, capfd):
+def test_num_processes_2_on_a_cpu_starts_two_processes(recipe, tmp_path, monkeypatch, capfd):
     for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--num_processes", "2", "--num_train_epochs", "1"]

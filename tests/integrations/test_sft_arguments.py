@@ -34,7 +34,7 @@ def run_light(*argv, cwd=None):
     return subprocess.run([sys.executable, "-c", NOTHING_HEAVY, *argv], capture_output=True, text=True, cwd=cwd)
 
 
-def test_help_shows_what_is_used_and_imports_nothing_heavy():
+def test_help_shows_the_defaults_and_imports_nothing_heavy():
     ran = run_light("sft", "--help")
     assert ran.returncode == 0, ran.stderr
     for shown in ("--method", "--preset", "--steering_r", "learning_rate 0.002", "vector", "0.01", "steering_overlap"):
@@ -96,7 +96,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_mistakes_are_told_before_anything_heavy_is_imported(case, folder):
+def test_invalid_arguments_are_reported_before_anything_heavy_is_imported(case, folder):
     argv, said = WRONG[case]
     ran = run_light("sft", *GOOD, *argv, cwd=folder)
     assert ran.returncode == 2, ran.stderr
@@ -107,7 +107,7 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(case, folder):
 
 
 @pytest.mark.parametrize("missing", ["--model_name_or_path", "--dataset_name"])
-def test_what_is_missing_is_told(missing, folder):
+def test_missing_argument_is_named(missing, folder):
     index = GOOD.index(missing)
     ran = run_light("sft", *GOOD[:index], *GOOD[index + 2 :], cwd=folder)
     assert ran.returncode == 2
@@ -138,7 +138,7 @@ def test_the_command_line_goes_before_the_config_file_and_both_before_the_preset
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_understood(recipe, tmp_path):
+def test_recipes_are_valid(recipe, tmp_path):
     argv = ["--config", str(recipe), "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
     request = read(argv)
     parsed, options = sft.parse(request, argv)
@@ -245,7 +245,7 @@ def test_every_option_of_ours_is_one_of_some_method_or_of_all():
         assert presets.OPTIONS.issuperset(presets.options(method))
 
 
-def test_json_lines_are_checked_to_the_last(tmp_path):
+def test_every_json_line_is_checked(tmp_path):
     good = json.dumps({"text": "a"}) + "\n"
     (tmp_path / "rows.jsonl").write_text(good * 2000 + "nonsense\n")
     argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", "some/model"]

@@ -81,6 +81,6 @@ def test_dataset_name_and_config_name_another_copy(hub, tmp_path):
         (["--task", "boolq", "--dataset_test_split", "nope", "--eval_strategy", "steps"], "no split nope, only"),
     ],
 )
-def test_mistakes_are_said_in_one_line(hub, model_folder, tmp_path, capsys, arguments, said):
+def test_invalid_task_arguments_are_one_line(hub, model_folder, tmp_path, capsys, arguments, said):
     assert train(model_folder, tmp_path, *arguments) != 0
     assert said in capsys.readouterr().err.strip().splitlines()[-1]

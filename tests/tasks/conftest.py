@@ -1,4 +1,4 @@
-"""Where the tests of the tasks find rows: a folder of written ones, and the mirror of the real data sets."""
+"""Where the tests of the tasks find rows: a folder of written ones, and the mirror of the real datasets."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def written_hub(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(written_hub, monkeypatch) -> Path:
-    """A folder laid out like the Hub, with a few written rows of each data set, as the working directory."""
+    """A folder laid out like the Hub, with a few written rows of each dataset, as the working directory."""
     for variable in (MIRROR, "TRL_STEER_DATASETS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(written_hub)
@@ -36,10 +36,10 @@ def hub(written_hub, monkeypatch) -> Path:
 
 @pytest.fixture
 def mirror(monkeypatch) -> Path:
-    """The mirror of the real data sets as the working directory."""
+    """The mirror of the real datasets as the working directory."""
     folder = os.environ.get(MIRROR)
     if not folder:
-        pytest.skip(f"{MIRROR} is not set; it names a folder with copies of the six data sets")
+        pytest.skip(f"{MIRROR} is not set; it names a folder with copies of the six datasets")
     for variable in (MIRROR, "TRL_STEER_DATASETS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(folder)

@@ -71,7 +71,7 @@ def test_numbers_become_text_and_stay_an_input(tmp_path):
         ("nothing of the kind", "Can't read"),
     ],
 )
-def test_files_that_cannot_be_trained_on_are_said(tmp_path, text, said):
+def test_file_that_cannot_be_trained_on_is_an_error(tmp_path, text, said):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ValueError, match=said):
         load_task("alpaca", dataset_path=str(tmp_path / "rows.jsonl"))

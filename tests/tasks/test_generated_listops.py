@@ -61,6 +61,6 @@ def test_ten_thousand_expressions_keep_the_bounds(expressions):
         assert (depth, arguments) == (0, [1])
 
 
-def test_the_generator_never_changes(expressions):
+def test_generated_listops_are_pinned(expressions):
     assert expressions[0] == FIRST
     assert listops.generate(3, seed=42, min_tokens=17, max_tokens=63) == expressions[:3]

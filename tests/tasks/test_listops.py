@@ -22,7 +22,7 @@ from trl_steer.tasks import listops
         ("3", 3),
     ],
 )
-def test_evaluates_by_the_published_rules(expression, value):
+def test_listops_values_follow_the_published_rules(expression, value):
     assert listops.evaluate(expression) == value
 
 
@@ -96,14 +96,14 @@ def test_splits_do_not_overlap_and_an_earlier_one_ignores_the_size_of_a_later_on
     assert smaller == {"held_out": splits["held_out"], "train": splits["train"][:10]}
 
 
-def test_bounds_that_nothing_fits_are_an_error():
+def test_impossible_length_bounds_are_an_error():
     with pytest.raises(ValueError, match="max_tokens of at least 4"):
         listops.generate(1, seed=0, min_tokens=1, max_tokens=3)
     with pytest.raises(ValueError, match="between 9 and 8"):
         listops.generate(1, seed=0, min_tokens=9, max_tokens=8)
 
 
-def test_asking_for_more_than_there_are_is_an_error():
+def test_asking_for_more_expressions_than_exist_is_an_error():
     with pytest.raises(ValueError, match="Found only 400 of 401 distinct expressions"):
         listops.generate(401, seed=0, max_tokens=4)
 

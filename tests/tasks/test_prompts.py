@@ -83,13 +83,13 @@ def test_digit_labels_stay_digits():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_example_at_the_top_of_the_module_is_what_the_code_makes_of_its_row(name):
+def test_example_in_each_task_module_equals_the_output_of_its_code(name):
     module = sys.modules[TASKS[name].prompt.__module__]
     assert ">>> row = " in module.__doc__
     assert doctest.testmod(module).failed == 0
 
 
-def test_solution_without_its_mark_is_an_error_that_shows_it():
+def test_gsm8k_solution_without_an_answer_mark_is_an_error_that_shows_it():
     with pytest.raises(ValueError, match=r"####.*no mark here"):
         get_task("gsm8k").completion({"question": "?", "answer": "no mark here"})
 

@@ -67,7 +67,7 @@ PROMISES = {
 
 
 @pytest.mark.parametrize("benchmark", NAMES)
-def test_strict_knows_the_trained_mark_alone_and_flexible_the_usual_others(benchmark):
+def test_strict_reads_only_the_trained_mark_and_flexible_other_usual_ones(benchmark):
     task = BENCHMARKS[benchmark]
     read = [(text, task.strict(text), task.flexible(text)) for text, *_ in PROMISES[benchmark]]
     assert read == PROMISES[benchmark]

@@ -17,7 +17,7 @@ def numbered(count: int) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize(("count", "share"), [(10, 0.2), (101, 0.2), (1267, 0.5), (9248, 0.2)])
-def test_drawing_is_that_of_the_installed_datasets(count, share):
+def test_split_indices_equal_those_of_the_installed_datasets(count, share):
     stay, drawn = draw(count, share, seed=42)
     theirs = numbered(count).train_test_split(test_size=share, seed=42)
     assert stay == theirs["train"]["number"][:]
@@ -25,7 +25,7 @@ def test_drawing_is_that_of_the_installed_datasets(count, share):
     assert permutation(count, seed=7) == numbered(count).shuffle(seed=7)["number"][:]
 
 
-def test_drawing_never_changes():
+def test_split_indices_are_pinned():
     assert permutation(12) == [0, 7, 6, 9, 11, 3, 5, 2, 4, 10, 1, 8]
     assert draw(12, 0.2) == ([9, 11, 3, 5, 2, 4, 10, 1, 8], [0, 7, 6])
 
@@ -212,7 +212,7 @@ def test_source_entry_that_does_not_exist_is_an_error_that_lists_those_that_do(h
         load_task("boolq", subset="boolq_offline")
 
 
-def test_data_set_that_cannot_be_reached_says_how_to_name_a_copy(tmp_path, monkeypatch):
+def test_dataset_that_cannot_be_reached_says_how_to_name_a_copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises((ConnectionError, FileNotFoundError)) as caught:

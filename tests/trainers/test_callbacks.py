@@ -20,12 +20,12 @@ def watch(losses, caplog, resumed=(), process=0, **more):
 @pytest.mark.parametrize(
     "losses", [[2.0, 1.5, 1.0], [0.3, 0.9, 0.4], [2.0, 3.9], [0.1, 0.2, 1.0], [2.0, 9.0, 1.0, 9.0, 2.0]]
 )
-def test_noise_is_no_divergence(losses, caplog):
+def test_noisy_losses_do_not_count_as_divergence(losses, caplog):
     assert watch(losses, caplog) == []
 
 
 @pytest.mark.parametrize("losses", [[2.0, 1.0, 4.1, 9.0, 9.0], [0.3, 0.1, 1.4, 1.5]])
-def test_a_loss_far_above_its_start_is_said_once(losses, caplog):
+def test_loss_far_above_its_start_is_warned_about_once(losses, caplog):
     (said,) = watch(losses, caplog)
     assert "the loss of the first step" in said
     assert "Divide the learning rate of 0.003" in said
@@ -38,7 +38,7 @@ def test_one_warning_is_enough_for_all_processes_and_also_after_a_run_was_resume
 
 
 @pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": float("inf")}])
-def test_a_loss_that_is_no_number_stops_the_run(logs, caplog):
+def test_nan_or_infinite_loss_stops_the_run(logs, caplog):
     with pytest.raises(TrainingDivergedError, match="at step 1"):
         watch([1.0, logs["loss"]], caplog)
 

@@ -54,7 +54,7 @@ def train_on(target, config, seed: int, learning_rate: float):
 
 
 @over_seeds
-def test_the_first_phase_of_lofit_ranks_them_highest(seed):
+def test_lofit_first_phase_ranks_heads_with_a_signal_highest(seed):
     heads = three_heads(seed)
     config = LofitConfig(phase="scale", penalty_weight=0.01)
     model = train_on(teacher("lofit-scale", heads, seed), config, seed, learning_rate=2e-2)
@@ -64,7 +64,7 @@ def test_the_first_phase_of_lofit_ranks_them_highest(seed):
 
 
 @over_seeds
-def test_jola_leaves_their_gates_open_widest(seed):
+def test_jola_opens_gates_of_heads_with_a_signal_widest(seed):
     heads = three_heads(seed)
     config = JolaConfig(penalty_schedule="constant", penalty_weight=0.5)
     model = train_on(teacher("jola", heads, seed), config, seed, learning_rate=5e-2)

@@ -63,7 +63,7 @@ def test_the_halves_have_learning_rates_and_decay_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("orthogonal_every", [1, 3])
-def test_each_log_says_what_the_projection_did_or_would_do(orthogonal_every, tmp_path):
+def test_each_log_has_the_effect_of_the_projection(orthogonal_every, tmp_path):
     trainer = joint_trainer(tmp_path, max_steps=3, orthogonal_every=orthogonal_every)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
@@ -129,7 +129,7 @@ def test_a_missing_half_has_its_defaults(peft_config, tmp_path):
         ("joint", {"steering_weight_decay": -1.0}, ValueError, "at least 0"),
     ],
 )
-def test_what_cannot_be_constrained_is_refused_before_training(peft_config, arguments, error, message, tmp_path):
+def test_invalid_constraint_is_refused_before_training(peft_config, arguments, error, message, tmp_path):
     with pytest.raises(error, match=message):
         joint_trainer(tmp_path, peft_config, **arguments)
 
@@ -174,7 +174,7 @@ def test_training_arguments_of_another_trainer_are_refused():
         JointOrthSFTTrainer(tiny_model(), SFTConfig(use_cpu=True, bf16=False))
 
 
-def test_a_run_that_diverges_says_so(tmp_path):
+def test_diverged_joint_training_raises_and_advises_lower_rates(tmp_path):
     trainer = joint_trainer(tmp_path, max_steps=6, learning_rate=1e10)
     with pytest.raises(FloatingPointError, match="Use lower learning rates"):
         trainer.train()
@@ -206,7 +206,7 @@ def test_fsdp_is_refused_in_version_1_only(version, refused, tmp_path, monkeypat
     joint_trainer(tmp_path, **keep, orthogonal=False)
 
 
-def test_the_command_trains_both_halves_from_a_recipe(tmp_path):
+def test_joint_command_trains_both_halves_from_a_recipe(tmp_path):
     from trl_steer.integrations.trl import sft
 
     tiny_model().save_pretrained(tmp_path / "model")
@@ -235,7 +235,7 @@ def test_the_command_trains_both_halves_from_a_recipe(tmp_path):
         (["--orthogonal_modules", "nothing"], 1, "nothing"),
     ],
 )
-def test_the_command_says_in_one_line_what_it_refuses(more, status, said, tmp_path, capsys):
+def test_joint_command_refuses_invalid_arguments_in_one_line(more, status, said, tmp_path, capsys):
     from trl_steer.integrations.trl import sft
 
     tiny_model().save_pretrained(tmp_path / "model")

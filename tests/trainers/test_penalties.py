@@ -187,7 +187,7 @@ def compare_with_one_process(rank: int) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_each_process_adds_the_same():
+def test_each_process_adds_the_same_penalty_gradient():
     run_in_world(compare_with_one_process, 2)
 
 
@@ -213,7 +213,7 @@ def test_shards_of_fsdp2_get_the_gradient_of_the_whole():
 
 
 @pytest.mark.parametrize("distributed_type", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_where_gradients_are_in_pieces_training_does_not_begin(distributed_type, monkeypatch):
+def test_partitioned_gradients_stop_training_before_it_begins(distributed_type, monkeypatch):
     state = SimpleNamespace(distributed_type=distributed_type, fsdp_plugin=SimpleNamespace(fsdp_version=1))
     monkeypatch.setattr("trl_steer.trainers.callbacks.AcceleratorState", lambda: state)
     model = get_peft_model(tiny_model(), CONFIGS["jola"]())

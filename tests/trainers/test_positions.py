@@ -39,7 +39,7 @@ def test_sft_on_prompts_and_completions_edits_the_prompt(kind, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_name", ["dpo", "kto", "grpo", "rloo"])
-def test_other_trainers_tell_the_prompt_by_labels_or_by_the_logits_that_they_keep(trainer_name, tmp_path):
+def test_other_trainers_find_the_prompt_from_labels_or_logits_to_keep(trainer_name, tmp_path):
     trainer = make_trainer(trainer_name, tmp_path, peft_config=CONFIGS["loreft"]())
     before = snapshot(trainer.model)
     trainer.train()
@@ -49,11 +49,11 @@ def test_other_trainers_tell_the_prompt_by_labels_or_by_the_logits_that_they_kee
 @pytest.mark.parametrize(
     ("dataset", "arguments", "message"),
     [
-        (None, {}, "no prompt, of which tokens are to be edited"),
+        (None, {}, "has a completion but no prompt"),
         (prompts_and_completions, {"packing": True, "max_length": 32}, "packing=False"),
     ],
 )
-def test_where_nothing_says_what_the_prompt_is_training_stops(dataset, arguments, message, tmp_path):
+def test_training_without_a_known_prompt_raises(dataset, arguments, message, tmp_path):
     data = {"train_dataset": dataset()} if dataset else {}
     trainer = make_trainer("sft", tmp_path, peft_config=CONFIGS["loreft"](), **data, **arguments)
     with pytest.raises(ValueError, match=message):

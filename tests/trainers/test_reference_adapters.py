@@ -66,7 +66,7 @@ def test_dpo_with_precomputed_reference_uses_the_trained_adapter(tmp_path):
     assert abs(margins[1]) > 1e-4
 
 
-def test_strength_turned_down_before_training_holds_for_the_reference_too(tmp_path):
+def test_scaling_set_before_training_holds_for_the_reference_too(tmp_path):
     model = trained_peft_model("low_rank")
     model.set_scaling("default", 0.5)
     trainer = make_trainer("dpo", tmp_path, model=model, bf16=False)
@@ -74,7 +74,7 @@ def test_strength_turned_down_before_training_holds_for_the_reference_too(tmp_pa
     assert logged(trainer, "rewards/margins")[0] == 0.0
 
 
-def test_strength_of_the_policy_can_be_turned_without_the_reference(tmp_path):
+def test_scaling_of_the_policy_can_be_changed_without_the_reference(tmp_path):
     trainer = make_trainer("dpo", tmp_path, model=trained_peft_model("low_rank"), bf16=False)
     trainer.model.set_scaling("default", 0.25)
     trainer.save_model(str(tmp_path / "adapter"))

@@ -19,7 +19,7 @@ CASES = {
     "saved module": (PostBlockSteeringConfig(modules_to_save=["lm_head"]), "modules_to_save.default.weight"),
     "saved module of joint": (JointSteeringConfig(modules_to_save=["lm_head"]), "modules_to_save.default.weight"),
 }
-over_cases = pytest.mark.parametrize(("config", "leaf"), CASES.values(), ids=list(CASES))
+over_cases = pytest.mark.parametrize(("config", "tensor_name"), CASES.values(), ids=list(CASES))
 
 
 def assert_refused(model, folder, message: str, **arguments):
@@ -31,19 +31,19 @@ def assert_refused(model, folder, message: str, **arguments):
 
 
 @over_cases
-def test_what_zero3_leaves_of_a_parameter_is_refused_by_name(config, leaf, tmp_path):
+def test_parameter_emptied_by_zero3_is_refused_by_name(config, tensor_name, tmp_path):
     model = get_peft_model(tiny_model(), config)
-    name, parameter = next((name, p) for name, p in model.named_parameters() if name.endswith(leaf))
+    name, parameter = next((name, p) for name, p in model.named_parameters() if name.endswith(tensor_name))
     parameter.data = torch.empty(0)  # as DeepSpeed does
     assert name in assert_refused(model, tmp_path, "without elements")
 
 
 @pytest.mark.parametrize("case", ["steering", "sublayer", "lofit", "jola", "joint, steering half", "joint, LoRA half"])
 def test_a_flat_piece_of_a_matrix_is_refused_by_name(case, tmp_path):
-    config, leaf = CASES[case]
+    config, tensor_name = CASES[case]
     model = get_peft_model(tiny_model(), config)
-    state = {name: t.flatten()[:7] if name.endswith(leaf) else t for name, t in model.state_dict().items()}
-    named = next(name for name in state if name.endswith(leaf))
+    state = {name: t.flatten()[:7] if name.endswith(tensor_name) else t for name, t in model.state_dict().items()}
+    named = next(name for name in state if name.endswith(tensor_name))
     assert named in assert_refused(model, tmp_path, "expected a matrix", state_dict=state)
 
 

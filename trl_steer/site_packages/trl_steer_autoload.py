@@ -1,24 +1,24 @@
-"""Waits for `import peft`, and then lets `trl_steer.autoload` register our types with it.
+"""Registers our PEFT types after `import peft`, with `trl_steer.autoload`.
 
-Lies at the root of site-packages, where `trl_steer_autoload.pth` imports it at every start of the interpreter: hence
-two comparisons for each import, and nothing else until somebody wants `peft` or `trl_steer`.
+This file is at the root of site-packages, and `trl_steer_autoload.pth` imports it whenever the interpreter starts. So
+it only makes two comparisons for each import, until `peft` or `trl_steer` is imported.
 
-While somebody looks for a module, the interpreter holds its one import lock. So nothing is imported here until `peft`
-has been executed: a thread in the middle of importing the same thing would wait for that lock, and we for the thread.
+The interpreter holds its global import lock while it looks for a module. Nothing is imported here before `peft` has
+been executed: another thread that imports the same module could wait for that lock while we wait for the thread.
 """
 
 import sys
 
-# While the interpreter starts, this has what PYTHONPATH names, and not yet the folder of the script or the working
-# directory, which come first afterwards. What lies there by chance under our name is not to be run.
+# When the interpreter starts, this contains PYTHONPATH, but not yet the folder of the script or the working directory,
+# which are inserted at the front later. Do not run a file that happens to have our name there.
 PATH_AT_START = list(sys.path)
 
-# Somebody imported `trl_steer`, which means registration, whatever TRL_STEER_NO_AUTOLOAD says.
+# Whether `trl_steer` was imported, which always registers, whatever the value of TRL_STEER_NO_AUTOLOAD.
 asked_for = False
 
 
 def find_spec(name, path=None, target=None):
-    """This module is a `sys.meta_path` finder: for `peft`, what the others find, with registration after it."""
+    """Makes this module a `sys.meta_path` finder: returns what others find for `peft`, and registers after it."""
     if name == "peft":
         spec = _spec_of_others(name, path, target)
         if spec is not None:
@@ -48,13 +48,13 @@ def _spec_of_others(name, path=None, target=None):
 
 def _register_after(loader):
     execute = getattr(loader, "exec_module", None)
-    # Without a `__dict__` nothing can be wrapped; importing `trl_steer` still registers.
+    # A loader without `__dict__` cannot be wrapped. Importing `trl_steer` still registers.
     if execute is None or getattr(execute, "registers", False) or not hasattr(loader, "__dict__"):
         return
 
     def exec_module(module):
         execute(module)
-        # One loader can serve many modules: that of a zip file does.
+        # One loader can load many modules, for example that of a zip file.
         if module.__name__ == "peft":
             _register()
 
@@ -78,9 +78,10 @@ def _register():
 
 
 def _check_found():
-    """Raises `ImportError` where `import trl_steer` would run something else than what is installed.
+    """Checks that `import trl_steer` would import the installed package, without running any of its code.
 
-    Finding runs nothing.
+    Raises:
+        ImportError: It would import something else.
     """
     import importlib.util
     import os
@@ -89,11 +90,11 @@ def _check_found():
     found, installed = (os.path.realpath(getattr(spec, "origin", None) or "") for spec in specs)
     if found != installed or not os.path.isfile(f"{os.path.dirname(found)}/site_packages/trl_steer_autoload.py"):
         what = getattr(specs[0], "origin", None) or getattr(specs[0], "submodule_search_locations", "nothing")
-        raise ImportError(f"`import trl_steer` should find the installed package, and finds {what}")
+        raise ImportError(f"`import trl_steer` should find the installed package, but finds {what}")
 
 
 def say(message):
-    """Warns, and does not raise where warnings are errors: somebody's `import peft` must not fail because of us."""
+    """Warns. Does not raise if warnings are errors, because `import peft` must not fail because of this package."""
     import warnings
 
     try:

@@ -1,6 +1,6 @@
 r"""Alpaca (Taori et al. 2023): instructions and responses, for instruction tuning.
 
-The data set is `yahma/alpaca-cleaned`, or a file with the columns `instruction`, `output` and optionally `input`. It
+The dataset is `yahma/alpaca-cleaned`, or a file with the columns `instruction`, `output` and optionally `input`. It
 only has a train split. Responses are evaluated with AlpacaEval (`trl-steer alpaca-eval`).
 
 The prompt is Alpaca's, with or without an input, and ends in `### Response:\n`.

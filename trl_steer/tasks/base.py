@@ -15,11 +15,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A data set to train on, with prompts and completions.
+    """A dataset to train on, with prompts and completions.
 
     Args:
         name (`str`): Name of the task.
-        source (`Mapping[str, Any]`): Arguments of `read`: `dataset_path` and `config` for a data set on the Hub. They
+        source (`Mapping[str, Any]`): Arguments of `read`: `dataset_path` and `config` for a dataset on the Hub. They
             can be overridden, see [`trl_steer.tasks.sources`].
         prompt (`Callable[[Row], str]`): The prompt of a row. It ends in a newline.
         completion (`Callable[[Row], str]`): The completion of a row.

@@ -1,7 +1,7 @@
-"""The two ListOps benchmarks: the published data set, and a generated one that does not need a download.
+"""The two ListOps benchmarks: the published dataset, and a generated one that does not need a download.
 
 Train, validation (2000 rows) and test (2000 rows) are the published splits, as in the authors' code. Scores on the
-generated data set cannot be compared with published ones. See [`trl_steer.tasks.listops`] for the expressions, the
+generated dataset cannot be compared with published ones. See [`trl_steer.tasks.listops`] for the expressions, the
 prompt and the extraction of answers.
 
 >>> row = {"Source": "[MIN 2 9 [MAX 4 7 ] 0 ]", "Target": 0}
@@ -41,7 +41,7 @@ def answer(row: Row) -> str:
 def read_generated(
     seed: int, train: int, validation: int, test: int, min_tokens: int, max_tokens: int
 ) -> dict[str, "Dataset"]:
-    """Splits of the given sizes, with the columns of the published data set. The test and validation splits do not
+    """Splits of the given sizes, with the columns of the published dataset. The test and validation splits do not
     depend on the size of train."""
     import datasets
 

@@ -33,7 +33,7 @@ def load_task(name: str, splits: str = "default", *, conversational: bool = Fals
             `"steerling"`, the splits of the authors' code.
         conversational (`bool`, *optional*, defaults to `False`): Whether to use the conversational format, for a chat
             model that is evaluated with `--apply_chat_template`.
-        source: `dataset_path` and `config` of another copy of the data set. For `listops_synthetic`, which is
+        source: `dataset_path` and `config` of another copy of the dataset. For `listops_synthetic`, which is
             generated: `seed`, `train`, `validation`, `test`, `min_tokens` and `max_tokens`.
 
     Returns:

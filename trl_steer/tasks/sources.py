@@ -1,4 +1,4 @@
-"""The sources of data sets, and how to override them.
+"""The sources of datasets, and how to override them.
 
 By default, tasks are loaded from the Hub, or from a folder with the same name in the working directory, as `datasets`
 does. To load them from elsewhere, use (in order of precedence):
@@ -61,7 +61,7 @@ def from_metadata(task: str, defaults: Mapping[str, Any], metadata: Mapping[str,
 
 
 def read_hub(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"]:
-    """All splits of a data set: a Hub id, or the folder of a local copy."""
+    """All splits of a dataset: a Hub id, or the folder of a local copy."""
     import datasets
 
     folder = Path(dataset_path)
@@ -69,7 +69,7 @@ def read_hub(dataset_path: str, config: str | None = None) -> Mapping[str, "Data
         return datasets.load_dataset(dataset_path, config, cache_dir=_cache_of(folder) if folder.is_dir() else None)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         error.add_note(
-            f"The data set is {dataset_path!r}, config {config!r}. Without network access, run the program in a "
+            f"The dataset is {dataset_path!r}, config {config!r}. Without network access, run the program in a "
             f"folder that contains {dataset_path!r}, or set {MIRROR_VARIABLE} to such a folder. For another copy or "
             f"config, set {DATASETS_VARIABLE} or pass dataset_path and config (lm-eval: --metadata)."
         )
@@ -115,7 +115,7 @@ def _config_in_copy(dataset_path: str, default: str | None) -> str | None:
     try:
         names = datasets.get_dataset_config_names(dataset_path)
     except (FileNotFoundError, ValueError):
-        return default  # loading the data set will raise a better error
+        return default  # loading the dataset will raise a better error
     return names[0] if default not in names and len(names) == 1 else default
 
 

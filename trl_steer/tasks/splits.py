@@ -45,7 +45,7 @@ def official(rows: Rows) -> dict[str, "Dataset"]:
 
 
 def validation_from_train(test: str) -> Splitter:
-    """Splits of a data set with two labelled splits: `test` is one of them, validation is 20% of the training rows."""
+    """Splits of a dataset with two labelled splits: `test` is one of them, validation is 20% of the training rows."""
 
     def split(rows: Rows) -> dict[str, "Dataset"]:
         parts = {"test": rows[test]} if test in rows else {}

@@ -124,7 +124,7 @@ def test_a_rejected_key_stops_the_run(outputs, reference_folder):
     assert alpaca_judging.result(outputs.parent)["n_total"] == 4
 
 
-def test_killed_in_the_middle_it_goes_on_without_asking_again(outputs, reference_folder, undisturbed):
+def test_killed_run_continues_without_repeating_requests(outputs, reference_folder, undisturbed):
     kill = KillAt(12)
     with LoopbackJudge(kill) as server:
         arguments = alpaca_judging.arguments(outputs, reference_folder, server.url, "--in-flight", "2")
@@ -217,7 +217,7 @@ def test_a_draw_counts_as_one_with_judges_that_write_it_as_zero(outputs, referen
     assert set(preferences.values()) <= {1.0, 2.0}
 
 
-def test_interrupted_it_asks_nothing_more_although_the_client_would_try_again(outputs, reference_folder):
+def test_interrupted_run_sends_no_more_requests_or_retries(outputs, reference_folder):
     with LoopbackJudge(lambda number, instruction: "500" if number >= 6 else None) as server:
         arguments = alpaca_judging.arguments(outputs, reference_folder, server.url, "--retries", "60")
         # A shell starts what runs in its background, tests perhaps, without an ear for interrupts.
@@ -242,7 +242,7 @@ def test_interrupted_it_asks_nothing_more_although_the_client_would_try_again(ou
 
 
 @pytest.mark.parametrize("body", [b"<html>a page</html>", b"null", {"id": "x", "choices": []}])
-def test_what_is_no_completion_is_called_so(outputs, reference_folder, body, capsys):
+def test_answer_that_is_not_a_completion_is_reported(outputs, reference_folder, body, capsys):
     with LoopbackJudge(lambda number, instruction: body) as server:
         assert alpaca_judging.judge(outputs, reference_folder, server.url) == 1
     assert "does not answer with a completion of OpenAI's API" in capsys.readouterr().err

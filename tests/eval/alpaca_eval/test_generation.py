@@ -144,7 +144,7 @@ def test_outputs_of_an_adapter_that_was_trained_anew_are_not_mixed(adapter_folde
     assert "other settings (weights" in capsys.readouterr().err
 
 
-def test_outputs_of_an_adapter_of_another_strength_are_not_mixed(adapter_folder, reference_folder, tmp_path, capsys):
+def test_outputs_of_an_adapter_with_another_scaling_are_not_mixed(adapter_folder, reference_folder, tmp_path, capsys):
     folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
     arguments = (str(folder), reference_folder, tmp_path / "run", "--device", "cpu")
     assert generate(*arguments, "--limit", "2") == 0
@@ -155,7 +155,7 @@ def test_outputs_of_an_adapter_of_another_strength_are_not_mixed(adapter_folder,
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_how_it_writes_is_not_for_the_models_own_settings_to_say(model_folder, sampling, tmp_path):
+def test_generation_config_of_the_model_is_ignored(model_folder, sampling, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((folder / "generation_config.json").read_text())
     theirs = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3, "suppress_tokens": [5, 6, 7]}
@@ -175,7 +175,7 @@ def test_how_it_writes_is_not_for_the_models_own_settings_to_say(model_folder, s
         (["--limit", "0"], None),
     ],
 )
-def test_mistakes_are_said(reference_folder, tmp_path, capsys, arguments, said):
+def test_invalid_generate_arguments_are_one_line(reference_folder, tmp_path, capsys, arguments, said):
     if said is None:
         with pytest.raises(SystemExit, match="2"):
             generate("m", reference_folder, tmp_path / "run", *arguments)
@@ -184,14 +184,14 @@ def test_mistakes_are_said(reference_folder, tmp_path, capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
-def test_a_folder_without_a_model_is_said(reference_folder, tmp_path, capsys):
+def test_folder_without_a_model_is_an_error(reference_folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert generate(str(tmp_path / "empty"), reference_folder, tmp_path / "run") == 2
     assert "neither config.json nor adapter_config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["chat", "alpaca"])
-def test_an_endpoint_answers_in_its_own_words(reference_folder, tmp_path, judge, form):
+def test_outputs_of_an_endpoint_are_its_answers(reference_folder, tmp_path, judge, form):
     output = tmp_path / "served"
     assert generate("m", reference_folder, output, "--endpoint", judge.url, "--prompt", form, "--name", "served") == 0
     assert judge.requests == 24
@@ -203,7 +203,7 @@ def test_an_endpoint_answers_in_its_own_words(reference_folder, tmp_path, judge,
     assert judge.requests == 24
 
 
-def test_what_an_endpoint_fails_on_is_asked_again_and_nothing_else(reference_folder, tmp_path, capsys):
+def test_only_rows_that_failed_are_requested_again(reference_folder, tmp_path, capsys):
     def fault(number, instruction):
         return "500" if instruction.endswith("number 3.") and broken.is_set() else None
 
@@ -235,7 +235,7 @@ def test_a_killed_run_goes_on_where_it_was(reference_folder, tmp_path):
 
 
 @pytest.mark.parametrize("in_flight", ["1", "4"])
-def test_a_row_that_the_server_refuses_does_not_keep_the_others_from_it(reference_folder, tmp_path, in_flight, capsys):
+def test_row_refused_by_the_server_does_not_stop_the_others(reference_folder, tmp_path, in_flight, capsys):
     rows = json.loads((reference_folder / "alpaca_eval_gpt4_baseline.json").read_text())
     longest = max((row["instruction"] for row in rows), key=len)
     with LoopbackJudge(lambda number, instruction: "400" if longest in instruction else None) as server:

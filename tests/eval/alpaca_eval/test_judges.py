@@ -40,7 +40,7 @@ def test_a_shipped_judge_asks_what_the_package_would_ask(name, server):
     assert judge.request(prompt) == theirs
 
 
-def test_there_is_more_than_one_judge_to_compare():
+def test_more_than_25_shipped_judges_are_compared():
     assert len(CHAT) > 25
     assert judges.LEADERBOARD in CHAT
 
@@ -69,7 +69,7 @@ def written(folder, client, prompt="alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.t
 
 
 @pytest.mark.parametrize("variable", [None, "OPENAI_API_KEY"])
-def test_a_file_sends_no_key_where_the_user_did_not_say(tmp_path, variable):
+def test_judge_file_does_not_send_the_key_to_an_endpoint_that_the_user_did_not_name(tmp_path, variable):
     client = {"base_url": "http://elsewhere/v1", **({"api_key_env": variable} if variable else {})}
     path = written(tmp_path, client)
     with pytest.raises(ValueError, match="Pass --endpoint http://elsewhere/v1 if your key may be sent there"):
@@ -77,12 +77,12 @@ def test_a_file_sends_no_key_where_the_user_did_not_say(tmp_path, variable):
     assert judges.resolve(path, endpoint="http://elsewhere/v1").endpoint == "http://elsewhere/v1"
 
 
-def test_neither_does_a_shipped_judge():
+def test_shipped_judge_does_not_send_the_key_elsewhere():
     with pytest.raises(ValueError, match="Pass --endpoint https://api"):
         judges.resolve("alpaca_eval_llama3_70b_fn")
 
 
-def test_a_file_may_name_its_endpoint_with_the_variable_of_its_key(tmp_path, monkeypatch):
+def test_judge_file_may_name_an_endpoint_and_the_variable_of_its_key(tmp_path, monkeypatch):
     judge = judges.resolve(written(tmp_path, {"base_url": "http://mine/v1", "api_key_env": "MY_KEY"}))
     assert (judge.endpoint, judge.key_variable) == ("http://mine/v1", "MY_KEY")
     monkeypatch.setenv("OPENAI_API_KEY", "another")
@@ -91,7 +91,7 @@ def test_a_file_may_name_its_endpoint_with_the_variable_of_its_key(tmp_path, mon
     assert judges.read_key(judge.endpoint, None, judge.key_variable) == "mine"
 
 
-def test_a_prompt_lies_beside_its_file(tmp_path):
+def test_prompt_of_a_judge_file_is_in_the_same_folder(tmp_path):
     folder = tmp_path / "judges"
     folder.mkdir()
     (folder / "prompt.txt").write_text("Which is better?")
@@ -106,7 +106,7 @@ def test_a_prompt_lies_beside_its_file(tmp_path):
             judges.resolve(written(folder, {}, elsewhere))
 
 
-def test_settings_take_the_place_of_the_judges_own():
+def test_judge_settings_replace_those_of_the_file():
     judge = judges.resolve("alpaca_eval_gpt4_turbo_fn", "o3", settings={"max_completion_tokens": 512})
     assert (judge.request("x")["model"], judge.settings["max_completion_tokens"]) == ("o3", 512)
     assert not judge.shipped
@@ -114,7 +114,7 @@ def test_settings_take_the_place_of_the_judges_own():
         judges.resolve(judges.LEADERBOARD, settings={"api_key": "x"})
 
 
-def test_whatever_changes_an_answer_changes_the_place_of_answers(tmp_path):
+def test_settings_that_change_answers_change_their_cache_folder(tmp_path):
     places = {
         judges.resolve(judges.LEADERBOARD, model, endpoint).folder(tmp_path)
         for model in (None, "another-model")
@@ -138,7 +138,7 @@ def test_whatever_changes_an_answer_changes_the_place_of_answers(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_no_judge_is_said(tmp_path, text, said):
+def test_file_that_is_not_a_judge_is_an_error(tmp_path, text, said):
     (tmp_path / "judge.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):
         judges.resolve(str(tmp_path / "judge.yaml"))

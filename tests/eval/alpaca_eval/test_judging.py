@@ -98,7 +98,7 @@ def test_a_subset_of_100_rows_takes_the_right_difficulties(tmp_path, judge):
     assert abs(wrong - right) > 0.01
 
 
-def test_of_two_rows_with_one_instruction_the_data_set_tells_which_is_meant(tmp_path):
+def test_rows_with_the_same_instruction_are_identified_by_their_dataset(tmp_path):
     reference = [
         {"instruction": "Sing.", "output": "", "generator": "g", "dataset": name} for name in ("koala", "helpful")
     ]
@@ -122,7 +122,7 @@ def test_an_interrupted_subset_is_part_of_the_whole(outputs, reference_folder, j
     assert set(judge.asked.values()) == {1}
 
 
-def test_the_probe_is_one_call_and_its_answer_counts(outputs, reference_folder):
+def test_first_request_is_sent_alone_and_its_answer_counts(outputs, reference_folder):
     with LoopbackJudge(lambda number, instruction: "no_logprobs") as server:
         assert alpaca_judging.judge(outputs, reference_folder, server.url) == 1
         assert len(server.asked) == 1
@@ -134,7 +134,7 @@ def test_requests_in_flight_are_bounded(outputs, reference_folder):
         assert 1 < server.most_at_once <= 3
 
 
-def test_without_yes_nothing_is_asked_and_the_cost_is_shown(outputs, reference_folder, judge, capsys):
+def test_without_yes_the_cost_is_shown_and_no_request_is_sent(outputs, reference_folder, judge, capsys):
     arguments = alpaca_judging.arguments(outputs, reference_folder, judge.url)
     arguments.remove("--yes")
     assert cli.main(arguments) == 1
@@ -192,7 +192,7 @@ def test_another_model_of_the_same_judge_is_asked_anew_and_not_comparable(output
         (["--api-key-env", "NOWHERE_TO_BE_FOUND"], "NOWHERE_TO_BE_FOUND is empty"),
     ],
 )
-def test_mistakes_are_said_in_one_line_before_anything_is_asked(outputs, reference_folder, judge, capsys, more, said):
+def test_invalid_arguments_are_one_line_before_the_first_request(outputs, reference_folder, judge, capsys, more, said):
     assert alpaca_judging.judge(outputs, reference_folder, judge.url, *more) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("trl-steer alpaca-eval judge: ")
@@ -209,7 +209,7 @@ def test_mistakes_are_said_in_one_line_before_anything_is_asked(outputs, referen
         ({"output": None}, "strings in instruction, output, generator"),
     ],
 )
-def test_outputs_that_do_not_fit_are_refused(outputs, reference_folder, judge, capsys, change, said):
+def test_outputs_that_do_not_match_the_reference_are_refused(outputs, reference_folder, judge, capsys, change, said):
     rows = json.loads(outputs.read_text())
     rows[5].update(change)
     outputs.write_text(json.dumps(rows))
@@ -218,7 +218,7 @@ def test_outputs_that_do_not_fit_are_refused(outputs, reference_folder, judge, c
     assert judge.requests == 0
 
 
-def test_what_is_no_number_is_said_loudly_and_marked(outputs, reference_folder, judge, capsys):
+def test_nan_result_is_reported_and_marked(outputs, reference_folder, judge, capsys):
     alpaca_judging.judge(outputs, reference_folder, judge.url, "--limit", "1")
     found = alpaca_judging.result(outputs.parent)
     assert found["n_total"] == 1
@@ -244,7 +244,7 @@ def test_a_judge_that_calls_a_function_is_read_by_its_own_parser(outputs, refere
 
 
 @pytest.mark.parametrize("said", ["None", "False", "3", "'1'", "[1, 2]", "nonsense"])
-def test_what_is_no_preference_does_not_count(outputs, reference_folder, tmp_path, said):
+def test_answer_without_a_preference_does_not_count(outputs, reference_folder, tmp_path, said):
     (tmp_path / "prompt.txt").write_text("Which is better? {instruction} {output_1} {output_2}")
     settings = {"prompt_template": "prompt.txt", "completions_kwargs": {"model_name": "m"}}
     settings["fn_completion_parser"] = "eval_parser"

@@ -60,14 +60,14 @@ def kill_and_go_on(moment, folder, reference_folder, server):
 
 
 @pytest.mark.parametrize("part", [0.5, 0.75, 0.95])
-def test_the_next_run_ends_as_if_nothing_had_happened(part, undisturbed, reference_folder, tmp_path):
+def test_run_after_a_kill_gives_the_same_result(part, undisturbed, reference_folder, tmp_path):
     wanted, seconds, server = undisturbed
     assert kill_and_go_on(part * seconds, tmp_path / "run", reference_folder, server) <= IN_FLIGHT
     assert results(tmp_path / "run") == wanted
 
 
 @pytest.mark.slow
-def test_so_it_does_at_fifty_random_moments(undisturbed, reference_folder, tmp_path):
+def test_kill_at_50_random_times_gives_the_same_result(undisturbed, reference_folder, tmp_path):
     wanted, seconds, server = undisturbed
     draw = random.Random(0)
     for number in range(50):

@@ -95,7 +95,7 @@ def test_a_key_in_the_wrong_place_on_the_command_line_is_not_shown(
 
 
 @pytest.mark.parametrize("said", ["pebble", "\ud83d", "sk-loopback"])
-def test_what_is_answered_is_kept_as_it_is(reference_folder, tmp_path, monkeypatch, said):
+def test_answers_are_stored_unchanged(reference_folder, tmp_path, monkeypatch, said):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-loopback")
     monkeypatch.setenv("POSTGRES_PASSWORD", "pebble")
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
@@ -136,7 +136,7 @@ def test_white_space_around_a_key_is_not_sent(outputs, reference_folder, judge, 
     assert judge.keys == {KEY}
 
 
-def test_a_key_that_no_header_can_carry_is_said_before_the_first_call(
+def test_key_invalid_in_a_header_is_an_error_before_the_first_call(
     outputs, reference_folder, judge, monkeypatch, capsys
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-é-0123456789")

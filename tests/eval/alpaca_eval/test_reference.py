@@ -42,20 +42,20 @@ def test_files_of_the_pinned_revision_count_as_verified(cache, tmp_path):
     assert loaded.describe()["revision"] == reference.REVISION
 
 
-def test_a_set_of_another_size_is_not_the_one(cache, tmp_path):
+def test_reference_set_of_another_size_is_refused(cache, tmp_path):
     cache(alpaca_rows.write_reference(tmp_path / "files", 24))
     with pytest.raises(ValueError, match="must have 805 rows"):
         reference.load()
 
 
-def test_copies_are_used_as_they_are_and_not_called_verified(reference_folder):
+def test_local_reference_files_are_used_unchanged_and_not_called_verified(reference_folder):
     loaded = reference.load(reference_folder)
     assert not loaded.verified
     content = (reference_folder / reference.GAMED).read_bytes()
     assert loaded.sha256[reference.GAMED] == hashlib.sha256(content).hexdigest()
 
 
-def test_what_cannot_be_fetched_is_said(tmp_path, monkeypatch):
+def test_unavailable_reference_files_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="Pass a folder with"):
         reference.load()
@@ -91,7 +91,7 @@ def spoil_table(folder):
         (lambda folder: (folder / reference.GAMED).unlink(), "Can't find df_gamed.csv"),
     ],
 )
-def test_files_that_are_not_what_they_should_be_are_refused(tmp_path, spoil, said):
+def test_invalid_reference_files_are_refused(tmp_path, spoil, said):
     folder = alpaca_rows.write_reference(tmp_path, 6)
     spoil(folder)
     with pytest.raises(ValueError, match=said):

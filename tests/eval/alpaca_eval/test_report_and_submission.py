@@ -61,7 +61,7 @@ def test_the_papers_numbers_are_those_of_its_table():
     }
 
 
-def test_nothing_to_report_is_said(tmp_path, capsys):
+def test_folder_without_results_is_an_error(tmp_path, capsys):
     assert cli.main(["report"]) == 2
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "There is no result.json" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_the_package_reads_a_submission_back_and_computes_the_same_numbers(judge
         assert again[name] == pytest.approx(found[name], abs=1e-6) == pytest.approx(board["my-model"][name], abs=1e-6)
 
 
-def test_what_is_not_comparable_is_not_submitted_unasked(judged, reference_folder, tmp_path, capsys):
+def test_incomparable_result_is_not_submitted_by_default(judged, reference_folder, tmp_path, capsys):
     assert submit(judged, reference_folder, tmp_path / "submission") == 2
     assert "24 of 805 instructions" in capsys.readouterr().err
     assert not (tmp_path / "submission").exists()
@@ -133,7 +133,7 @@ def test_a_name_on_the_leaderboard_is_refused(reference_folder, judge, tmp_path,
     assert "already on the leaderboard" in capsys.readouterr().err
 
 
-def test_what_is_no_number_and_what_is_missing_is_said_in_the_table(outputs, reference_folder, tmp_path, capsys):
+def test_table_shows_nan_and_missing_rows(outputs, reference_folder, tmp_path, capsys):
     with LoopbackJudge(lambda number, instruction: "400" if instruction.endswith("number 0.") else None) as server:
         alpaca_judging.judge(outputs, reference_folder, server.url, "--limit", "2")
         capsys.readouterr()

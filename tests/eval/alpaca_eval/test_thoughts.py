@@ -61,19 +61,19 @@ def test_a_served_models_thoughts_are_kept_beside_its_outputs(reference_folder, 
     assert {each["thought"] for each in kept} == {"<think>plan</think>"}
 
 
-def test_they_stay_where_that_is_asked_for(reference_folder, tmp_path):
+def test_no_strip_thoughts_keeps_thoughts(reference_folder, tmp_path):
     with LoopbackJudge(lambda number, instruction: whole(content="<think>plan</think>Hi")) as server:
         assert generate(server, reference_folder, tmp_path / "run", "--no-strip-thoughts") == 0
     assert texts(tmp_path / "run") == ["<think>plan</think>Hi"] * 3
 
 
-def test_the_pattern_can_be_set(reference_folder, tmp_path):
+def test_thought_pattern_can_be_set(reference_folder, tmp_path):
     with LoopbackJudge(lambda number, instruction: whole(content="(plan\n)Hi")) as server:
         assert generate(server, reference_folder, tmp_path / "run", "--thought-pattern", r"\(.*?\)") == 0
     assert texts(tmp_path / "run") == ["Hi"] * 3
 
 
-def test_a_pattern_that_is_none_is_refused(capsys):
+def test_invalid_thought_pattern_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["generate", "--model", "m", "--output", "o", "--thought-pattern", "("])
     assert "not a regular expression" in capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_thoughts_in_a_field_of_their_own_are_kept_too(reference_folder, tmp_pat
 @pytest.mark.parametrize(
     ("message", "said"), [({}, "finish_reason stop"), ({"refusal": "I will not."}, "I will not.")]
 )
-def test_an_answer_without_text_is_said_with_a_way_out(reference_folder, tmp_path, capsys, message, said):
+def test_answer_without_text_is_an_error_with_a_solution(reference_folder, tmp_path, capsys, message, said):
     with LoopbackJudge(lambda number, instruction: whole(content=None, **message)) as server:
         assert generate(server, reference_folder, tmp_path / "run") == 1
         shown = capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_a_judges_thoughts_are_not_read_as_its_verdict(outputs, reference_folder
 
 
 @pytest.mark.parametrize(("message", "said"), [({}, "has no text"), ({"refusal": "I will not."}, "I will not.")])
-def test_a_judge_that_gives_no_text_is_said_with_a_way_out(outputs, reference_folder, capsys, message, said):
+def test_judge_answer_without_text_is_an_error_with_a_solution(outputs, reference_folder, capsys, message, said):
     with LoopbackJudge(lambda number, instruction: whole(content=None, **message)) as server:
         assert alpaca_judging.judge(outputs, reference_folder, server.url, "--judge", "lmsys_gpt4") == 1
     shown = capsys.readouterr().err

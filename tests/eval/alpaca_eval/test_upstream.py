@@ -34,7 +34,7 @@ PathFinder.find_spec = lambda name, *rest: None if name == "pkg_resources" else 
 
 
 @pytest.mark.parametrize("setuptools", ["with", "without"])
-def test_it_imports_with_and_without_pkg_resources(setuptools, tmp_path):
+def test_alpaca_eval_imports_with_and_without_pkg_resources(setuptools, tmp_path):
     code = CODE if setuptools == "with" else WITHOUT + CODE
     if setuptools == "with":
         (tmp_path / "pkg_resources.py").write_text(WITH)

@@ -36,7 +36,7 @@ def finished(model, tmp_path_factory):
     return folder, shown
 
 
-def test_it_shows_its_steps_the_table_and_the_command_and_nothing_of_the_libraries(finished):
+def test_demo_shows_steps_table_and_command_and_no_library_output(finished):
     folder, shown = finished
     assert shown.stderr == ""
     lines = shown.stdout.splitlines()
@@ -57,14 +57,14 @@ def test_the_root_operator_is_explained_under_its_table(finished):
     assert report.ROOT_MEANS in (folder / "results.md").read_text()
 
 
-def test_the_table_is_written_down(finished):
+def test_demo_writes_its_table_to_a_file(finished):
     folder, _ = finished
     written = (folder / "results.md").read_text()
     assert "| low_rank |" in written
     assert runs.Run(folder).command() in written
 
 
-def test_run_again_it_shows_the_same_and_does_nothing(finished, model, monkeypatch, capfd):
+def test_second_demo_run_shows_the_same_and_computes_nothing(finished, model, monkeypatch, capfd):
     folder, shown = finished
     monkeypatch.setattr(preset, "FAST_HELD_OUT_EXAMPLES", 50)
     monkeypatch.setattr(runs, "_make", None)
@@ -140,7 +140,7 @@ def test_wrong_arguments_say_what_is_allowed(arguments, said, capsys):
         (["--model", "./absent"], "There is no folder"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(arguments, said, capfd):
+def test_demo_errors_are_one_line(arguments, said, capfd):
     assert cli.main(arguments) == 1
     shown = capfd.readouterr().err
     assert shown.startswith("trl-steer demo: error: ")

@@ -20,7 +20,7 @@ def run(folder, correct, task=TASK, first_id=0):
     return str(folder)
 
 
-def test_it_says_which_is_better_and_how_surely(tmp_path, capsys):
+def test_compare_prints_accuracies_interval_and_p_value(tmp_path, capsys):
     ours, theirs = [True] * 30 + [False] * 10, [True] * 15 + [False] * 25
     folders = [run(tmp_path / name, correct) for name, correct in (("a", ours), ("b", theirs))]
     assert compare.main(folders) == 0

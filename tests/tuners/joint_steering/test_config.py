@@ -14,7 +14,7 @@ def test_lora_options_stay_at_the_top_and_steering_is_a_complete_plain_dictionar
     json.dumps(config.steering)
 
 
-def test_parts_come_back_as_they_went_in():
+def test_from_parts_round_trips():
     lora = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
     steering = PostBlockSteeringConfig(r=2, scaling=0.5, layers_to_transform=[0, 2], task_type="CAUSAL_LM")
     config = JointSteeringConfig.from_parts(lora, steering)

@@ -22,7 +22,7 @@ def joint_model(steering="low_rank", **fields):
 @pytest.mark.parametrize(
     ("steering", "side"), [("low_rank", "output"), ("vector", "output"), ("low_rank", "input")], ids=str
 )
-def test_a_plain_training_loop_keeps_it_at_every_step_and_in_what_it_saves(steering, side, tmp_path):
+def test_plain_training_loop_keeps_the_constraint_at_every_step_and_when_saving(steering, side, tmp_path):
     model = joint_model(steering).train()
     constraint = OrthogonalityConstraint(model, "default", side=side)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

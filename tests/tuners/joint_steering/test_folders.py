@@ -64,12 +64,12 @@ def check(seeds, good, tmp_path, capsys):
         assert (status, error.count("\n")) in ((0, 0), (1, 1)), f"{what}: {error}"
 
 
-def test_whatever_a_folder_holds_there_are_both_halves_or_one_line(good, tmp_path, capsys):
+def test_broken_folder_gives_both_halves_or_one_line(good, tmp_path, capsys):
     check(range(60), good, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_whatever_many_folders_hold_there_are_both_halves_or_one_line(good, tmp_path, capsys):
+def test_many_broken_folders_give_both_halves_or_one_line(good, tmp_path, capsys):
     check(range(1000, 2000), good, tmp_path, capsys)
 
 
@@ -104,7 +104,7 @@ def change(name, edit):
         ("joint DoRA", drop("layers.1.self_attn.q_proj.lora_magnitude_vector")),
     ],
 )
-def test_what_cannot_be_loaded_cannot_be_split(case, edit, good, tmp_path, capsys):
+def test_folder_that_cannot_be_loaded_cannot_be_split(case, edit, good, tmp_path, capsys):
     shutil.copytree(good(case) / "joint", tmp_path / "broken")
     tensors = {key: tensor.clone() for key, tensor in edit(load_file(tmp_path / "broken" / WEIGHTS)).items()}
     save_file(tensors, tmp_path / "broken" / WEIGHTS)

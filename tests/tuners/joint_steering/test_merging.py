@@ -35,7 +35,7 @@ def logits(model):
     ],
     ids=["in the middle", "at once"],
 )
-def test_where_lora_cannot_be_merged_nothing_is(lora, message, merge):
+def test_if_lora_cannot_be_merged_nothing_is(lora, message, merge):
     model = joint_model(**lora)
     expected, state = logits(model), copy.deepcopy(model.state_dict())
     with pytest.raises((RuntimeError, NotImplementedError), match=message):

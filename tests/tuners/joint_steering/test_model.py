@@ -122,8 +122,8 @@ def test_halves_split_into_folders_that_add_up_and_join_back(steering, tmp_path)
     weights = load_file(tmp_path / "steering" / "adapter_model.safetensors")
     with torch.no_grad():
         for key, tensor in weights.items():
-            head, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
-            halves.get_parameter(f"{head}.default.{leaf}").copy_(tensor)
+            head, _, tensor_name = key.removeprefix("base_model.model.").rpartition(".")
+            halves.get_parameter(f"{head}.default.{tensor_name}").copy_(tensor)
     assert torch.equal(logits(halves.eval()), logits(model))
 
     join_adapters(tmp_path / "lora", tmp_path / "steering", tmp_path / "joined")
@@ -157,7 +157,7 @@ def test_trained_biases_are_saved_with_the_lora_half_and_missed_when_they_are_go
         PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "joint")
 
 
-def test_splitting_and_joining_refuse_what_they_cannot_do(tmp_path):
+def test_splitting_and_joining_refuse_invalid_folders(tmp_path):
     joint_model().save_pretrained(tmp_path / "joint")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -311,7 +311,7 @@ def test_weighted_sum_is_exact_for_both_halves():
     assert set(model.peft_config) == {"default", "copy"}
 
 
-def test_the_dial_turns_the_steering_half_only(tmp_path):
+def test_scaling_changes_the_steering_half_only(tmp_path):
     model = joint_model()
     with adapter_scaling(model, "default", 0.0):
         without_steering = logits(model)

@@ -32,13 +32,13 @@ def writers_of(model, **kwargs):
 
 
 @pytest.mark.parametrize("family", LAST_LINEAR)
-def test_by_default_it_is_the_last_linear_layer_of_the_mlp(family):
+def test_default_pair_is_the_last_linear_layer_of_the_mlp(family):
     for writers in writers_of(joint_model(family)):
         assert len(writers) == 1
         assert writers[0].endswith(LAST_LINEAR[family])
 
 
-def test_other_modules_can_be_named():
+def test_orthogonal_modules_can_be_named():
     for writers in writers_of(joint_model(), modules=["down_proj", "o_proj"]):
         assert {name.rpartition(".")[2] for name in writers} == {"down_proj", "o_proj"}
 
@@ -93,7 +93,7 @@ def test_a_projection_behind_the_mlp_is_not_taken_for_its_last_layer():
         assert writer.endswith("mlp.down_proj")
 
 
-def test_llamas_norm_after_the_attention_is_not_one():
+def test_llamas_norm_after_the_attention_does_not_scale_lora():
     assert all(
         norm is None for pair in find_pairs(joint_model(), "default", ["o_proj"]) for _, norm in pair.lora_layers
     )
@@ -129,6 +129,6 @@ def test_a_model_without_an_mlp_of_linear_layers_is_refused():
         find_pairs(joint_model("mixtral"), "default")
 
 
-def test_an_adapter_that_is_not_there_is_refused():
+def test_missing_adapter_is_refused():
     with pytest.raises(ValueError, match="'other' steers no block"):
         find_pairs(joint_model(), "other")

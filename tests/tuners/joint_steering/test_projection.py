@@ -55,7 +55,7 @@ KINDS = ["ordinary", "zero", "rank 3", "duplicate columns", "tiny", "huge", "ill
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("r", [1, 8, 32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_removes_the_column_space_and_nothing_else(kind, r, dtype):
+def test_projection_removes_the_column_space_and_nothing_else(kind, r, dtype):
     B, W = matrix(kind, r), torch.randn(D, 4).to(dtype)
     Q, before = basis(B), W.double()
 
@@ -68,7 +68,7 @@ def test_removes_the_column_space_and_nothing_else(kind, r, dtype):
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_left_of_an_update_inside_the_column_space_is_orthogonal_too(kind, dtype):
+def test_remainder_of_an_update_inside_the_column_space_is_orthogonal_too(kind, dtype):
     B = matrix(kind, 8)
     W = (B.double() @ torch.randn(8, 4).double()).to(dtype)
     project_([([B], W)])
@@ -115,7 +115,7 @@ def test_zero_b_leaves_the_update_bit_for_bit():
     scale=st.floats(-8, 6),
     seed=st.integers(0, 2**16),
 )
-def test_agrees_with_a_float64_svd_on_any_matrix(r, rank, decades, scale, seed):
+def test_projection_agrees_with_a_float64_svd_on_any_matrix(r, rank, decades, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     rank = min(rank, r)
     left = torch.randn(D, rank, generator=generator, dtype=torch.float64)
@@ -180,7 +180,7 @@ def test_the_transposed_form_projects_from_the_right():
     torch.testing.assert_close(W.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_reports_the_overlap_before_and_the_norm_that_is_kept():
+def test_projection_reports_the_overlap_before_and_the_norm_left():
     B = torch.eye(D)[:, :1]
     W = torch.zeros(D, 1)
     W[0], W[1] = 3.0, 4.0

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from head_cases import BASES, NUM_HEADS, assert_equal, double_model, leaves_of, run, run_plainly, steered
+from head_cases import BASES, NUM_HEADS, assert_equal, double_model, run, run_plainly, steered, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import tiny_model
@@ -48,7 +48,7 @@ def test_logits_and_gradients_in_evaluation_are_those_of_the_formula(scaling, ba
     model = steered(base, "jola", scaling=scaling)
     expected = run_plainly(
         base,
-        leaves_of(model),
+        tensors_of(model),
         update_with(lambda _, gate: fixed_gate(gate), lambda _, gate: fixed_gate(gate), scaling),
     )
     found = run(model)
@@ -67,7 +67,7 @@ def test_logits_and_gradients_in_training_are_those_of_the_formula_for_what_is_d
         adapter.draw_uniform = lambda draw=draw: draw
     expected = run_plainly(
         base,
-        leaves_of(model),
+        tensors_of(model),
         update_with(
             lambda block, log_gate: drawn_gate(draws[block, 0], log_gate),
             lambda block, log_gate: drawn_gate(draws[block, 1], log_gate),
@@ -181,7 +181,7 @@ def test_the_penalty_is_of_what_is_trained():
 
 
 @pytest.mark.parametrize("row", ["low_rank", "vector", "lofit", "joint-low_rank"])
-def test_other_adapters_have_no_penalty(row):
+def test_other_adapter_types_have_no_penalty(row):
     assert adapter_penalty(steer(tiny_model(), row)) is None
 
 

@@ -51,7 +51,7 @@ def loaded_model(base: str, folder: Path):
     return model
 
 
-def test_merged_models_are_the_steered_ones_in_a_process_without_us(tmp_path):
+def test_merged_models_equal_the_steered_ones_in_a_process_without_trl_steer(tmp_path):
     inputs = {"input_ids": tiny_inputs()["input_ids"]}
     for base, row in MERGING:
         folder = tmp_path / "merged" / f"{base}, {row}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_cases import BASES, NUM_HEADS, assert_equal, double_model, leaves_of, run, run_plainly, steered
+from head_cases import BASES, NUM_HEADS, assert_equal, double_model, run, run_plainly, steered, tensors_of
 from model_zoo import COMMON, tiny_inputs, tiny_model
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from steering_cases import adapters_of, layers_of, logits, steer
@@ -30,16 +30,16 @@ def rows(tensor: torch.Tensor, block: int, only_heads: bool) -> torch.Tensor:
 @pytest.mark.parametrize("row", ["lofit", "lofit-heads", "lofit-scale"])
 def test_logits_and_gradients_are_those_of_the_formula(row, scaling, base):
     model = steered(base, row, scaling=scaling)
-    leaves = leaves_of(model)
-    found, by_embeddings, by_leaves = run(model)
+    tensors = tensors_of(model)
+    found, by_embeddings, by_tensors = run(model)
 
-    def update(x, block, leaf):
+    def update(x, block, tensor):
         if row == "lofit-scale":
-            return x * (1 + scaling * leaf)
-        return x + scaling * rows(leaf, block, row == "lofit-heads")
+            return x * (1 + scaling * tensor)
+        return x + scaling * rows(tensor, block, row == "lofit-heads")
 
-    expected = run_plainly(base, leaves, update)
-    assert_equal([found, by_embeddings, *by_leaves], [expected[0], expected[1], *expected[2]])
+    expected = run_plainly(base, tensors, update)
+    assert_equal([found, by_embeddings, *by_tensors], [expected[0], expected[1], *expected[2]])
     with model.disable_adapter():
         assert not torch.allclose(found, model(**tiny_inputs()).logits, atol=1e-3)
 

@@ -42,7 +42,7 @@ def test_injected_adapters_are_ranked_too():
 
 
 @pytest.mark.parametrize("row", ["lofit", "jola", "vector"])
-def test_other_adapters_have_no_ranking(row):
+def test_other_adapter_types_have_no_ranking(row):
     with pytest.raises(ValueError, match="'default' with phase='scale'"):
         top_heads(steer(tiny_model(), row))
 

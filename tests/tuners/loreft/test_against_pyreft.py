@@ -49,13 +49,13 @@ def theirs(pyreft: Any, model):
     ]
     reft = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations))
     reft.set_device("cpu")
-    for (_, found), leaf in zip(sorted(reft.interventions.items()), adapters_of(model), strict=True):
+    for (_, found), adapter in zip(sorted(reft.interventions.items()), adapters_of(model), strict=True):
         intervention = found[0] if isinstance(found, (list, tuple)) else found
         with torch.no_grad():
-            intervention.learned_source.weight.copy_(leaf.weight)
-            intervention.learned_source.bias.copy_(leaf.bias)
-            layer = pyreft.interventions.LowRankRotateLayer(leaf.weight.shape[1], RANK)
-            layer.weight.copy_(leaf.rotation.mT)
+            intervention.learned_source.weight.copy_(adapter.weight)
+            intervention.learned_source.bias.copy_(adapter.bias)
+            layer = pyreft.interventions.LowRankRotateLayer(adapter.weight.shape[1], RANK)
+            layer.weight.copy_(adapter.rotation.mT)
         intervention.rotate_layer = parametrizations.orthogonal(layer)
     reft.eval()
     return reft

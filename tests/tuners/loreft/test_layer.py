@@ -17,11 +17,11 @@ from trl_steer.tuners.loreft import LoReftAdapter
 WIDTH, RANK = 24, 5
 
 
-def adapter(seed: int = 0, **fields) -> LoReftAdapter:
+def new_adapter(seed: int = 0, **fields) -> LoReftAdapter:
     torch.manual_seed(seed)
-    leaf = LoReftAdapter(WIDTH, LoReftConfig(r=RANK, **fields)).double().eval()
-    leaf.reset_parameters()
-    return leaf
+    adapter = LoReftAdapter(WIDTH, LoReftConfig(r=RANK, **fields)).double().eval()
+    adapter.reset_parameters()
+    return adapter
 
 
 def gram_schmidt(matrix: torch.Tensor) -> torch.Tensor:
@@ -42,46 +42,46 @@ def reference(h, rotation, weight, bias, activation=None, scaling=1.0):
     return h + scaling * torch.einsum("rd,nr->nd", rotation, source - torch.einsum("rd,nd->nr", rotation, h))
 
 
-def tensors_of(leaf: LoReftAdapter) -> list[torch.Tensor]:
-    return [dict(leaf.named_parameters())[name].detach().clone() for name in ("rotation", "weight", "bias")]
+def tensors_of(adapter: LoReftAdapter) -> list[torch.Tensor]:
+    return [dict(adapter.named_parameters())[name].detach().clone() for name in ("rotation", "weight", "bias")]
 
 
 @pytest.mark.parametrize("is_stepped", [False, True])
 @pytest.mark.parametrize(("name", "activation"), [(None, None), ("silu", F.silu), ("gelu", F.gelu)])
 def test_forward_and_all_gradients_are_those_of_the_formula(name, activation, is_stepped):
-    leaf = adapter(activation=name)
+    adapter = new_adapter(activation=name)
     if is_stepped:  # a matrix as an optimizer leaves it
         with torch.no_grad():
-            leaf._parameters["rotation"].add_(0.1 * torch.randn(RANK, WIDTH, dtype=torch.float64))
+            adapter._parameters["rotation"].add_(0.1 * torch.randn(RANK, WIDTH, dtype=torch.float64))
     h = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
-    inputs = [tensor.requires_grad_() for tensor in tensors_of(leaf)]
+    inputs = [tensor.requires_grad_() for tensor in tensors_of(adapter)]
     h_too = h.detach().clone().requires_grad_()
-    expected, found = reference(h_too, *inputs, activation, 0.7), leaf(h, scaling=0.7)
+    expected, found = reference(h_too, *inputs, activation, 0.7), adapter(h, scaling=0.7)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     gradient = torch.randn_like(found)
     wanted = torch.autograd.grad(expected, [h_too, *inputs], gradient)
-    parameters = [dict(leaf.named_parameters())[key] for key in ("rotation", "weight", "bias")]
+    parameters = [dict(adapter.named_parameters())[key] for key in ("rotation", "weight", "bias")]
     for one, other in zip(torch.autograd.grad(found, [h, *parameters], gradient), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
 def test_dropout_acts_on_the_whole_output_and_in_training_only():
-    leaf, h = adapter(dropout=0.5), torch.randn(50, WIDTH, dtype=torch.float64)
-    whole = leaf(h)
-    torch.testing.assert_close(whole, reference(h, *tensors_of(leaf)), atol=1e-10, rtol=0)
-    dropped = leaf.train()(h)
+    adapter, h = new_adapter(dropout=0.5), torch.randn(50, WIDTH, dtype=torch.float64)
+    whole = adapter(h)
+    torch.testing.assert_close(whole, reference(h, *tensors_of(adapter)), atol=1e-10, rtol=0)
+    dropped = adapter.train()(h)
     kept = dropped != 0
     assert 0.4 < kept.double().mean() < 0.6
     torch.testing.assert_close(dropped[kept], 2 * whole[kept], atol=1e-10, rtol=0)
 
 
 def test_parts_that_share_nothing_have_a_rotation_each():
-    leaf = adapter(positions="f2+l2", share_weights=False)
-    assert [tuple(tensor.shape) for tensor in tensors_of(leaf)] == [(2, RANK, WIDTH), (2, RANK, WIDTH), (2, RANK)]
+    adapter = new_adapter(positions="f2+l2", share_weights=False)
+    assert [tuple(tensor.shape) for tensor in tensors_of(adapter)] == [(2, RANK, WIDTH), (2, RANK, WIDTH), (2, RANK)]
     h = torch.randn(7, WIDTH, dtype=torch.float64)
     for part in (0, 1):
-        expected = reference(h, *(tensor[part] for tensor in tensors_of(leaf)))
-        torch.testing.assert_close(leaf(h, part=part), expected, atol=1e-10, rtol=0)
+        expected = reference(h, *(tensor[part] for tensor in tensors_of(adapter)))
+        torch.testing.assert_close(adapter(h, part=part), expected, atol=1e-10, rtol=0)
 
 
 def test_the_first_tokens_of_a_prompt_get_the_first_part_and_the_last_the_second():
@@ -107,7 +107,7 @@ def distance(rotation: torch.Tensor) -> float:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_rotation_stays_orthonormal_through_training_saving_and_loading(tmp_path, weight_decay):
     model = get_peft_model(tiny_model(), LoReftConfig(r=4, task_type="CAUSAL_LM")).train()
-    before = [leaf.rotation.detach().clone() for leaf in adapters_of(model)]
+    before = [adapter.rotation.detach().clone() for adapter in adapters_of(model)]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=weight_decay
     )
@@ -116,9 +116,9 @@ def test_the_rotation_stays_orthonormal_through_training_saving_and_loading(tmp_
         optimizer.zero_grad()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         optimizer.step()
-        assert max(distance(leaf.rotation) for leaf in adapters_of(model)) < 1e-5
-    for leaf, old in zip(adapters_of(model), before, strict=True):
-        assert (leaf.rotation - old).abs().max() > 0.1
+        assert max(distance(adapter.rotation) for adapter in adapters_of(model)) < 1e-5
+    for adapter, old in zip(adapters_of(model), before, strict=True):
+        assert (adapter.rotation - old).abs().max() > 0.1
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -127,7 +127,7 @@ def test_the_rotation_stays_orthonormal_through_training_saving_and_loading(tmp_
     assert max(map(distance, rotations)) < 1e-5
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
-    assert max(distance(leaf.rotation) for leaf in adapters_of(loaded)) < 1e-5
+    assert max(distance(adapter.rotation) for adapter in adapters_of(loaded)) < 1e-5
 
 
 def test_a_rotation_that_is_none_is_not_loaded(tmp_path):
@@ -142,8 +142,8 @@ def test_a_rotation_that_is_none_is_not_loaded(tmp_path):
 
 def test_nothing_of_size_d_times_d_is_made():
     with torch.device("meta"):
-        leaf = LoReftAdapter(4096, LoReftConfig(r=8))
-        leaf.reset_parameters()
+        adapter = LoReftAdapter(4096, LoReftConfig(r=8))
+        adapter.reset_parameters()
         sizes: list[int] = []
 
         class Sizes(torch.overrides.TorchFunctionMode):
@@ -155,9 +155,9 @@ def test_nothing_of_size_d_times_d_is_made():
                 return result
 
         with Sizes():
-            leaf.train()(torch.empty(2, 4096)).sum().backward()
-    assert sum(p.numel() for p in leaf.parameters()) == 8 * 4096 * 2 + 8
-    assert not list(leaf.buffers())
+            adapter.train()(torch.empty(2, 4096)).sum().backward()
+    assert sum(p.numel() for p in adapter.parameters()) == 8 * 4096 * 2 + 8
+    assert not list(adapter.buffers())
     assert max(sizes) <= 8 * 4096 * 2
 
 

@@ -42,16 +42,16 @@ def test_hidden_states_are_the_steered_ones(family, kind, captured_before):
 @over_kinds
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "llava"])
 def test_file_has_the_documented_names_and_shapes(family, kind, tmp_path):
-    leaves = {"vector": (HIDDEN_SIZE,)}
+    shapes = {"vector": (HIDDEN_SIZE,)}
     if kind != "vector":
         r = KINDS[kind]["r"]
-        leaves = {"down": (r, HIDDEN_SIZE), "up": (HIDDEN_SIZE, r)}
+        shapes = {"down": (r, HIDDEN_SIZE), "up": (HIDDEN_SIZE, r)}
     steer(tiny_model(family), kind).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == {
-        f"base_model.model.{FAMILIES[family].blocks}.{index}.post_block_steering.steering_adapter.{leaf}": shape
+        f"base_model.model.{FAMILIES[family].blocks}.{index}.post_block_steering.steering_adapter.{tensor_name}": shape
         for index in range(NUM_BLOCKS)
-        for leaf, shape in leaves.items()
+        for tensor_name, shape in shapes.items()
     }
 
 

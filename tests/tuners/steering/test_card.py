@@ -77,7 +77,7 @@ def test_folder_of_the_base_on_this_machine_is_not_told(tmp_path):
     assert "base_model" not in metadata(tmp_path / "adapter")
 
 
-def test_what_somebody_has_written_stays_and_saving_again_adds_nothing(tmp_path):
+def test_users_text_in_the_card_stays_and_saving_again_adds_nothing(tmp_path):
     model = saved(PostBlockSteeringConfig(r=3), tmp_path)
     path = tmp_path / "README.md"
     path.write_text(path.read_text() + "\nTrained on my own poems.\n")
@@ -87,7 +87,7 @@ def test_what_somebody_has_written_stays_and_saving_again_adds_nothing(tmp_path)
     assert text_of(tmp_path).count("## Use") == 1
 
 
-def test_every_way_to_save_writes_it(tmp_path):
+def test_every_way_to_save_writes_the_card(tmp_path):
     trainer = make_trainer(
         "sft", tmp_path / "trainer", peft_config=PostBlockSteeringConfig(r=3), max_steps=1, bf16=False
     )
@@ -116,7 +116,7 @@ def test_a_readme_that_is_no_model_card_is_kept(tmp_path):
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_halves_of_a_joint_adapter_have_theirs(tmp_path):
+def test_halves_of_a_joint_adapter_have_cards(tmp_path):
     saved(JointSteeringConfig(r=4, steering={"r": 3}, task_type="CAUSAL_LM"), tmp_path / "joint")
     split_adapter(tmp_path / "joint", tmp_path / "lora", tmp_path / "steering")
     assert_useful(tmp_path / "steering")

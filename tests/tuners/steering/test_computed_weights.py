@@ -10,7 +10,7 @@ from steering_cases import adapters_of, logits, over_kinds, steer
 from torch.nn.utils import parametrizations, parametrize, prune
 
 
-def leaf(kind):
+def tensor_name(kind):
     return "vector" if kind == "vector" else "up"
 
 
@@ -31,10 +31,10 @@ def made_permanent(adapter, name):
 
 @over_kinds
 @pytest.mark.parametrize("replace", [pruned, normed])
-def test_they_train_and_are_saved_once_they_are_made_permanent(replace, kind, tmp_path):
+def test_computed_weights_train_and_are_saved_once_made_permanent(replace, kind, tmp_path):
     model = steer(tiny_model(), kind)
     for adapter in adapters_of(model):
-        replace(adapter, leaf(kind))
+        replace(adapter, tensor_name(kind))
     before = logits(model)
     inputs = tiny_inputs()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -47,7 +47,7 @@ def test_they_train_and_are_saved_once_they_are_made_permanent(replace, kind, tm
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
     for adapter in adapters_of(model):
-        made_permanent(adapter, leaf(kind))
+        made_permanent(adapter, tensor_name(kind))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     torch.testing.assert_close(logits(loaded), trained, atol=1e-6, rtol=1e-5)

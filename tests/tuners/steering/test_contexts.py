@@ -1,4 +1,4 @@
-"""`with` blocks that set a strength or an operator: what runs inside them is affected, and nothing else, in whatever
+"""`with` blocks that set a scaling or an operator: what runs inside them is affected, and nothing else, in whatever
 order they end."""
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def in_threads():
         raise errors[0]
 
 
-class Strengths:
-    """A steered model that says which strength it runs with."""
+class Scalings:
+    """A steered model that reports the scaling that it runs with."""
 
     def __init__(self):
         self.model = steer(tiny_model(num_hidden_layers=1), "vector", scaling=0.5)
@@ -80,7 +80,7 @@ class Operators:
         return steering_operator.current()
 
 
-@pytest.fixture(params=[Strengths, Operators])
+@pytest.fixture(params=[Scalings, Operators])
 def switch(request):
     """What is switched. Every test starts with the default operator, whatever one before has left."""
     steering_operator(OPERATORS[0])
@@ -228,7 +228,7 @@ def test_an_error_inside_a_block_ends_it(switch):
 # What may happen inside a block
 
 
-def test_saving_inside_a_block_saves_the_adapters_own_strength(tmp_path):
+def test_saving_inside_a_block_saves_the_adapters_own_scaling(tmp_path):
     model = steer(tiny_model(), scaling=0.5)
     expected = logits(model)
     with adapter_scaling(model, "default", 3.0):
@@ -238,7 +238,7 @@ def test_saving_inside_a_block_saves_the_adapters_own_strength(tmp_path):
     assert torch.equal(logits(loaded), expected)
 
 
-def test_hot_swap_inside_a_block_brings_weights_now_and_strength_when_the_block_ends(tmp_path):
+def test_hot_swap_inside_a_block_brings_weights_now_and_scaling_when_the_block_ends(tmp_path):
     other = steer(tiny_model(), seed=5, scaling=0.25)
     other.save_pretrained(tmp_path)
     expected = logits(other)
@@ -251,7 +251,7 @@ def test_hot_swap_inside_a_block_brings_weights_now_and_strength_when_the_block_
     assert model.peft_config["default"].scaling == 0.25
 
 
-def test_strength_set_inside_a_block_counts_when_the_block_ends():
+def test_scaling_set_inside_a_block_counts_when_the_block_ends():
     model = steer(tiny_model())
     expected = {}
     for value in (2.0, -1.0):

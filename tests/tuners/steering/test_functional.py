@@ -1,4 +1,4 @@
-"""The strength of an adapter, and replacing one in place."""
+"""The scaling of an adapter, and replacing one in place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trl_steer import adapter_scaling, hotswap_adapter, set_scaling
 @over_kinds
 @settings(max_examples=30, deadline=None)
 @given(value=st.floats(-50, 50, width=32))
-def test_strength_multiplies_the_update(kind, value):
+def test_scaling_multiplies_the_update(kind, value):
     model = steer(tiny_model(num_hidden_layers=1), kind)
     adapter = adapters_of(model)[0]
     h = torch.randn(2, 3, 32)
@@ -38,7 +38,7 @@ def test_strength_multiplies_the_update(kind, value):
 
 
 @over_kinds
-def test_strength_of_zero_is_the_base_model_and_survives_saving(kind, tmp_path):
+def test_scaling_of_zero_is_the_base_model_and_survives_saving(kind, tmp_path):
     model = steer(tiny_model(), kind)
     trained = logits(model)
     model.set_scaling("default", 0)
@@ -53,7 +53,7 @@ def test_strength_of_zero_is_the_base_model_and_survives_saving(kind, tmp_path):
 
 
 @over_kinds
-def test_strength_is_set_for_one_adapter_only(kind):
+def test_scaling_is_set_for_one_adapter_only(kind):
     model = steer(steer(tiny_model(), kind, "a", seed=1), kind, "b", seed=2)
     only_a = logits(model)
     set_scaling(model, "b", 3.0)
@@ -61,7 +61,7 @@ def test_strength_is_set_for_one_adapter_only(kind):
     assert (model.peft_config["a"].scaling, model.peft_config["b"].scaling) == (1.0, 3.0)
 
 
-def test_adapters_with_one_config_object_have_a_strength_each():
+def test_adapters_with_one_config_object_have_a_scaling_each():
     config = steering_config()
     model = get_peft_model(tiny_model(), config, adapter_name="a").eval()
     model.add_adapter("b", config)
@@ -71,7 +71,7 @@ def test_adapters_with_one_config_object_have_a_strength_each():
 
 
 @over_kinds
-def test_strength_for_a_with_block_is_put_back_even_after_an_error(kind):
+def test_scaling_of_a_with_block_is_restored_even_after_an_error(kind):
     model = steer(tiny_model(), kind, scaling=0.75)
     expected = logits(model)
     with adapter_scaling(model, "default", 0.0):
@@ -85,7 +85,7 @@ def test_strength_for_a_with_block_is_put_back_even_after_an_error(kind):
     assert model.peft_config["default"].scaling == 0.75
 
 
-def test_strength_works_on_a_model_with_injected_adapters():
+def test_scaling_works_on_a_model_with_injected_adapters():
     model = inject_adapter_in_model(steering_config(), tiny_model())
     set_scaling(model, "default", 0.0)
     assert torch.equal(logits(model), logits(tiny_model()))
@@ -102,7 +102,7 @@ def test_strength_works_on_a_model_with_injected_adapters():
         ("default", None, TypeError, "number"),
     ],
 )
-def test_impossible_strength_is_refused_and_changes_nothing(name, value, error, message):
+def test_impossible_scaling_is_refused_and_changes_nothing(name, value, error, message):
     model = steer(tiny_model())
     expected = logits(model)
     with pytest.raises(error, match=message):
@@ -112,7 +112,7 @@ def test_impossible_strength_is_refused_and_changes_nothing(name, value, error, 
     assert torch.equal(logits(model), expected)
 
 
-def test_strength_of_a_merged_vector_cannot_be_set():
+def test_scaling_of_a_merged_vector_cannot_be_set():
     model = steer(tiny_model("gpt2"), "vector")
     model.merge_adapter()
     expected = logits(model)

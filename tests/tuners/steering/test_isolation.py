@@ -95,7 +95,7 @@ def pickled(model):
 
 @over_kinds
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled])
-def test_a_copy_made_in_a_block_has_the_adapters_own_strength_and_compiles(make_copy, kind):
+def test_copy_made_in_a_block_has_the_adapters_own_scaling_and_compiles(make_copy, kind):
     model = steer(tiny_model(num_hidden_layers=1), kind)
     expected = logits(model)
     with adapter_scaling(model, "default", 0.0):
@@ -139,7 +139,7 @@ def test_peft_may_switch_off_casts_of_the_input(kind):
     assert torch.equal(logits(model), expected)
 
 
-def test_merging_takes_the_strength_in_force():
+def test_merging_uses_the_current_scaling():
     model = steer(tiny_model("gpt2"), "vector").double()
     with adapter_scaling(model, "default", 0.5):
         expected = logits(model)

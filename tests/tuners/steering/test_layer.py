@@ -82,7 +82,7 @@ def test_hidden_state_is_steered_wherever_a_block_returns_it(returns, kind):
         assert list(output[1:]) == list(unsteered[1:])
 
 
-def test_what_cannot_hold_a_hidden_state_is_an_error_that_names_the_block():
+def test_block_output_without_a_hidden_state_is_an_error_that_names_the_block():
     with pytest.raises(TypeError, match="Block takes or returns str"):
         steered(wrap=lambda hidden: "hidden")(torch.randn(1, 2, D))
 

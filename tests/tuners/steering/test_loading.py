@@ -53,12 +53,12 @@ def truncate(folder):
 
 def set_value(value):
     def edit(tensors):
-        tensors[f"{STEERING}.{leaf_of(tensors)}"].view(-1)[5] = value
+        tensors[f"{STEERING}.{tensor_name(tensors)}"].view(-1)[5] = value
 
     return edit
 
 
-def leaf_of(tensors) -> str:
+def tensor_name(tensors) -> str:
     return "vector" if f"{STEERING}.vector" in tensors else "down"
 
 
@@ -72,16 +72,16 @@ def of_another_width(tensors):
 
 
 def as_integers(tensors):
-    tensors[f"{STEERING}.{leaf_of(tensors)}"] = tensors[f"{STEERING}.{leaf_of(tensors)}"].to(torch.int32)
+    tensors[f"{STEERING}.{tensor_name(tensors)}"] = tensors[f"{STEERING}.{tensor_name(tensors)}"].to(torch.int32)
 
 
 def too_large(tensors):
-    key = f"{STEERING}.{leaf_of(tensors)}"
+    key = f"{STEERING}.{tensor_name(tensors)}"
     tensors[key] = tensors[key].double() * 1e300
 
 
 def as_float8(tensors):
-    key = f"{STEERING}.{leaf_of(tensors)}"
+    key = f"{STEERING}.{tensor_name(tensors)}"
     tensors[key] = torch.full_like(tensors[key], float("nan")).to(torch.float8_e4m3fn)
 
 
@@ -92,13 +92,13 @@ def other_rank(tensors):
 
 # what is wrong -> (how to break the weights, what the error says)
 BROKEN = {
-    "missing": (lambda tensors: tensors.pop(f"{STEERING}.{leaf_of(tensors)}"), [STEERING, "missing"]),
+    "missing": (lambda tensors: tensors.pop(f"{STEERING}.{tensor_name(tensors)}"), [STEERING, "missing"]),
     "all missing": (dict.clear, [STEERING, "missing"]),
     "extra block": (
         add(STEERING.replace("layers.1", "layers.7") + ".vector", 32),
         ["layers.7", "unexpected"],
     ),
-    "extra leaf": (add(f"{STEERING}.gate", 4), [f"{STEERING}.gate", "(4,)"]),
+    "extra tensor": (add(f"{STEERING}.gate", 4), [f"{STEERING}.gate", "(4,)"]),
     "base weight": (add(f"{BLOCK}.mlp.down_proj.weight", 32, 48), [f"{BLOCK}.mlp.down_proj.weight", "(32, 48)"]),
     "base weight without prefix": (add("model.layers.1.mlp.down_proj.weight", 32, 48), ["mlp.down_proj", "(32, 48)"]),
     "lone head": (add("base_model.model.lm_head.weight", 64, 32), ["lm_head.weight", "(64, 32)"]),
@@ -223,7 +223,7 @@ def test_adapter_for_a_deeper_or_shallower_model_is_refused(folders):
 def test_fields_of_a_newer_version_are_named_in_a_warning_and_left_out(kind, tmp_path):
     model = steer(tiny_model(), kind)
     model.save_pretrained(tmp_path)
-    edit_config(tmp_path, positions="last", future_option=3)
+    edit_config(tmp_path, another_option="last", future_option=3)
     base = tiny_model()
     weights = weights_of(base)
     with pytest.warns(UserWarning, match="future_option"):
@@ -388,7 +388,7 @@ def test_any_adapter_name_survives_saving_under_any_other(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "pop", "training", "__base__"])
-def test_what_cannot_be_the_name_of_a_module_is_refused_at_once(name):
+def test_invalid_adapter_name_is_refused_at_once(name):
     base = tiny_model()
     with pytest.raises(ValueError, match="cannot be used as an adapter name"):
         steer(base, adapter_name=name)

@@ -183,7 +183,7 @@ def test_fields_choose_blocks(fields, expected):
         ({"layers_to_transform": [1], "exclude_modules": ["layers.1"]}, "No block to steer"),
     ],
 )
-def test_what_does_not_exist_is_refused_and_the_model_stays_whole(fields, message):
+def test_missing_blocks_are_refused_and_the_model_is_unchanged(fields, message):
     base = tiny_model()
     expected, names = logits(base), [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match=message) as error:

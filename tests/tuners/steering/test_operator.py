@@ -258,14 +258,14 @@ def test_backward_of_memory_efficient_form_rounds_no_more_under_autocast_than_ou
     assert all(torch.equal(outside, inside) for outside, inside in zip(*grads, strict=True))
 
 
-# float16, where large strengths overflow first
+# float16, where large scalings overflow first
 
 
 @pytest.mark.parametrize("factors", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_float16_decoding_agrees_with_prefill_at_a_strength_of_100(activation, factors):
+def test_float16_decoding_agrees_with_prefill_at_a_scaling_of_100(activation, factors):
     h, down, up = tensors(1, 128, D, dtype=torch.float16, factors=factors)
-    down = down * 300  # the strength times the bottleneck is beyond float16, their product with `up` is not
+    down = down * 300  # the scaling times the bottleneck is beyond float16, their product with `up` is not
     up = up / 1000
     with torch.no_grad():
         prefill = low_rank_update(h, down, up, 100.0, ACTIVATIONS[activation])

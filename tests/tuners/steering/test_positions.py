@@ -66,7 +66,7 @@ def pair():
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=batches(), positions=POSITIONS)
-def test_edited_are_the_tokens_that_a_reference_enumerates(pair, batch, positions):
+def test_edited_tokens_are_those_that_a_reference_enumerates(pair, batch, positions):
     base, model = pair
     for adapter in adapters_of(model):
         adapter.positions = positions
@@ -277,7 +277,7 @@ def test_adapters_of_different_positions_work_side_by_side_and_by_row():
     torch.testing.assert_close(steered, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_saved_and_loaded_it_edits_the_same_tokens(tmp_path):
+def test_loaded_adapter_edits_the_same_tokens(tmp_path):
     model = steer(tiny_model(), "low_rank", positions="f1+l1")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
@@ -285,14 +285,14 @@ def test_saved_and_loaded_it_edits_the_same_tokens(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_compiled_it_computes_the_same():
+def test_compiled_model_edits_the_same_tokens():
     model, batch = steer(tiny_model(), "low_rank", positions="f2+l2"), completion_batch()
     with torch.no_grad():
         expected = model(**batch).logits
         torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, expected)
 
 
-def test_unloaded_and_deleted_it_leaves_no_hook():
+def test_unloading_and_deleting_leave_no_hook():
     base = tiny_model()
     before = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in base.named_modules()}
     model = steer(base, "post_mlp-low_rank", positions="last_prompt")
@@ -307,7 +307,7 @@ def test_unloaded_and_deleted_it_leaves_no_hook():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": None}, "nothing says what the prompt is"),
+        ({"labels": None}, "the prompt is unknown"),
         ({"labels": "ids"}, "has a completion but no prompt"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]] * 3)}, "packing"),
     ],
@@ -339,7 +339,7 @@ def test_unknown_positions_are_refused(positions):
         PostBlockSteeringConfig(positions=positions)
 
 
-def test_what_edits_some_tokens_does_not_merge():
+def test_adapter_that_edits_some_tokens_does_not_merge():
     model = steer(tiny_model("gpt2"), "vector", positions="last_prompt")
     with pytest.raises(ValueError, match="edits some tokens only"):
         model.merge_adapter()

@@ -212,7 +212,7 @@ adapters_and_weights = st.lists(
     st.tuples(
         st.integers(1, 4),  # rank
         st.floats(-3, 3, width=32),  # weight
-        st.floats(-2, 2, width=32),  # strength
+        st.floats(-2, 2, width=32),  # scaling
         st.none() | st.lists(st.integers(0, 1), min_size=1, unique=True),  # blocks
     ),
     min_size=1,
@@ -223,7 +223,7 @@ adapters_and_weights = st.lists(
 @pytest.mark.parametrize("kind", ["low_rank", "silu", "vector"])
 @settings(max_examples=20, deadline=None)
 @given(drawn=adapters_and_weights)
-def test_weighted_sum_is_exact_for_any_ranks_weights_strengths_and_blocks(kind, drawn):
+def test_weighted_sum_is_exact_for_any_ranks_weights_scalings_and_blocks(kind, drawn):
     model = None
     for index, (r, _, scaling, blocks) in enumerate(drawn):
         fields = {"scaling": scaling, "layers_to_transform": blocks, **({} if kind == "vector" else {"r": r})}

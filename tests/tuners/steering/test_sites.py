@@ -248,7 +248,7 @@ def test_the_attention_of_a_block_that_adds_and_normalizes_is_what_its_projectio
     assert anatomies[0].site("post_attn").module == "attention.output.dense"
 
 
-def test_what_mixes_streams_around_a_sublayer_is_not_taken_for_it():
+def test_module_that_mixes_streams_around_a_sublayer_is_not_taken_for_it():
     block = nn.Module()
     for name in ("attn_hc", "ffn_hc", "self_attn", "mlp"):
         block.add_module(name, nn.Sequential(nn.Linear(8, 8)))

@@ -76,7 +76,7 @@ def loaded_model(base: str, folder: Path):
     return model
 
 
-def test_merged_models_are_the_steered_ones_in_a_process_without_us(tmp_path):
+def test_merged_models_equal_the_steered_ones_in_a_process_without_trl_steer(tmp_path):
     inputs = {"input_ids": tiny_inputs()["input_ids"]}
     for base, site, form in MERGING:
         folder = tmp_path / "merged" / f"{base}, {site}, {form}"
@@ -101,7 +101,7 @@ def reason(base: str, form: str) -> str:
 
 
 @pytest.mark.parametrize(("base", "site", "form"), REFUSED)
-def test_what_cannot_be_merged_is_refused_with_the_reason_and_nothing_changes(base, site, form):
+def test_adapter_that_cannot_be_merged_is_refused_with_the_reason_and_nothing_changes(base, site, form):
     model = steered(base, site, form)
     weights, expected = weights_of(model), logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -200,7 +200,7 @@ def test_active_adapters_at_one_and_at_several_sites_merge_at_once(rows):
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-10, rtol=1e-10)
 
 
-def test_one_of_several_that_cannot_be_merged_keeps_all_from_it():
+def test_if_one_of_several_adapters_cannot_be_merged_none_is():
     model = several(["pre_mlp-low_rank", "post_mlp-silu", "post_attn-vector"])
     weights, expected = weights_of(model), logits(model)
     with pytest.raises(ValueError, match="'adapter1' cannot be merged"):

@@ -147,14 +147,14 @@ def _check_lora(adapter: Adapter) -> None:
     config: Any = adapter.config
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in adapter.tensors.items():
-        module, found, leaf = key.partition(".lora_")
+        module, found, tensor_name = key.partition(".lora_")
         if found:
-            modules.setdefault(module, {})[leaf.removeprefix("embedding_")] = tensor
-    for module, leaves in modules.items():
-        pair = {kind: leaves.get(kind, leaves.get(f"{kind}.weight")) for kind in "AB"}
+            modules.setdefault(module, {})[tensor_name.removeprefix("embedding_")] = tensor
+    for module, named in modules.items():
+        pair = {kind: named.get(kind, named.get(f"{kind}.weight")) for kind in "AB"}
         wanted = {"A": True, "B": True, "B.bias": config.lora_bias, "magnitude_vector": config.use_dora}
-        missing = [leaf for leaf, is_wanted in wanted.items() if is_wanted and {**leaves, **pair}.get(leaf) is None]
-        unknown = [leaf for leaf in leaves if leaf[:2] in ("A.", "B.") and leaf[2:] not in ("weight", "bias")]
+        missing = [name for name, is_wanted in wanted.items() if is_wanted and {**named, **pair}.get(name) is None]
+        unknown = [name for name in named if name[:2] in ("A.", "B.") and name[2:] not in ("weight", "bias")]
         if missing or unknown:
             raise ValueError(f"{module} has missing LoRA tensors {missing} or unexpected ones {unknown}.")
         _check_rank(config, module, pair["A"], pair["B"])  # type: ignore[arg-type]

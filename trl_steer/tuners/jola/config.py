@@ -10,7 +10,7 @@ from peft.utils import PeftType
 from ..lofit.config import HeadSteeringConfig
 from ..steering.config import check_choice, check_number
 
-# Schedules of the penalty's weight, and `penalty_weight` where it is not given.
+# Schedules of the penalty's weight, and the default of `penalty_weight` for each.
 PENALTY_SCHEDULES = {"exponential": 0.1, "linear": 0.2, "constant": 0.1}
 
 
@@ -21,17 +21,17 @@ class JolaConfig(HeadSteeringConfig):
     `v` (k,), gates `g1`, `g2` in [0, 1], and `x` (batch, sequence, k) the head's output before the attention's output
     projection.
 
-    Each gate has a parameter `l`. In training it is drawn anew for each forward,
-    `g = clamp(1.2 * sigmoid((logit(u) + l) / 0.33) - 0.1, 0, 1)` with `u` uniform; in evaluation it is
-    `g = clamp(1.2 * sigmoid(l) - 0.1, 0, 1)`. A penalty on the probability `p(l)` that a gate is open pushes gates
-    shut:
+    Each gate has a parameter `l`. In training, it is sampled in each forward pass,
+    `g = clamp(1.2 * sigmoid((logit(u) + l) / 0.33) - 0.1, 0, 1)` with `u` uniform; in evaluation, it is
+    `g = clamp(1.2 * sigmoid(l) - 0.1, 0, 1)`. A penalty on the probability `p(l)` that a gate is open closes
+    gates:
 
         [w * sum_blocks mean_heads p(l1) + (1 - w) * sum_blocks mean_heads p(l2)] / (L * H)
 
-    with `L` blocks and `H` heads. It needs [`PenaltyCallback`] among the callbacks of the trainer.
+    with `L` blocks and `H` heads. The trainer needs [`PenaltyCallback`] for it.
 
     Reference: "Joint Localization and Activation Editing for Low-Resource Fine-Tuning" (arXiv 2502.01179), section 4.
-    As its released code does, and not its paper, the penalty divides by `H` twice.
+    Like the released code, unlike the paper, the penalty divides by `H` twice.
 
     Args:
         penalty_schedule (`str`, defaults to `"exponential"`):
@@ -41,9 +41,9 @@ class JolaConfig(HeadSteeringConfig):
             - `"linear"`: `penalty_weight * t / T`;
             - `"constant"`: `penalty_weight`.
         penalty_weight (`float`, *optional*):
-            From 0 to 1. Default: 0.1, and 0.2 for `"linear"`.
-        kwargs: The fields of [`SteeringConfig`]. `a` and `v` are drawn from N(0, 1e-3), with `init_weights=False` from
-            N(0, 0.2), and `l` is uniform in `+-sqrt(6 / (H + 1))`.
+            From 0 to 1. Default: 0.1, or 0.2 for `"linear"`.
+        kwargs: The fields of [`SteeringConfig`]. `a` and `v` are sampled from N(0, 1e-3), or with `init_weights=False`
+            from N(0, 0.2), and `l` is uniform in `+-sqrt(6 / (H + 1))`.
 
     Raises:
         ValueError: A field has an invalid value.
@@ -55,7 +55,7 @@ class JolaConfig(HeadSteeringConfig):
         metadata={"help": "How the weight of the penalty changes: 'exponential', 'linear' or 'constant'."},
     )
     penalty_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the penalty, from 0 to 1. Default: 0.1, and 0.2 for 'linear'."}
+        default=None, metadata={"help": "Weight of the penalty, from 0 to 1. Default: 0.1, or 0.2 for 'linear'."}
     )
 
     def card_fields(self):

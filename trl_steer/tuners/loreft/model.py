@@ -14,7 +14,7 @@ class LoReftModel(SteeringModel):
         model ([`~transformers.PreTrainedModel`]): The model to steer.
         config ([`LoReftConfig`]): The configuration.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
-        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty weights on the meta device, to be loaded into.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
 
     Example:
 

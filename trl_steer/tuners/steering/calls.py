@@ -1,4 +1,4 @@
-"""What a tuner does when the model is called: which adapter each row gets, and where its prompt is."""
+"""Calls of the model by a tuner: selects the adapter for each row, and finds the prompt in `generate`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .rows import adapters_by_row
 
 
 class CallsMixin(BaseTuner):
-    """The part of a tuner that PEFT calls when the model computes or generates."""
+    """The part of a tuner that PEFT calls in forward passes and in `generate`."""
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        """As in [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
+        """Like [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
         if adapter_names is None:
             return super().forward(*args, **kwargs)
         with self._enable_peft_forward_hooks(adapter_names=adapter_names):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any):
-        """As the model's own. Its inputs are the prompt in all of its forward passes."""
+        """Like the method of the model. The inputs are the prompt in all of its forward passes."""
         with generation(args, kwargs) if is_watched(self.model) else nullcontext():
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 

@@ -141,26 +141,26 @@ def check_steering_tensors(layer_cls: Any, config: Any, tensors: Mapping[str, to
     blocks: dict[str, dict[str, torch.Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
-        block, found, leaf = key.partition(container)
-        if not found or not block.startswith(PREFIX) or leaf not in expected:
+        block, separator, tensor_name = key.partition(container)
+        if not separator or not block.startswith(PREFIX) or tensor_name not in expected:
             problems.append(f"{key} is unexpected")
         else:
-            blocks.setdefault(block, {})[leaf] = tensor
+            blocks.setdefault(block, {})[tensor_name] = tensor
     if not blocks:
         problems.append(f"no tensor has {container!r} in its name")
     sizes: set[int] = set()
-    for block, leaves in blocks.items():
-        problems += [f"{block}{container}{leaf} is missing" for leaf in expected if leaf not in leaves]
-        for leaf, tensor in leaves.items():
-            shape = tuple(tensor.shape)
-            fits = len(shape) == len(expected[leaf]) and all(
-                wanted in (_UNKNOWN_SIZE, size) for wanted, size in zip(expected[leaf], shape, strict=True)
+    for block, named in blocks.items():
+        problems += [f"{block}{container}{name} is missing" for name in expected if name not in named]
+        for tensor_name, tensor in named.items():
+            key, shape, wanted = f"{block}{container}{tensor_name}", tuple(tensor.shape), expected[tensor_name]
+            fits = len(shape) == len(wanted) and all(
+                size in (_UNKNOWN_SIZE, found) for size, found in zip(wanted, shape, strict=True)
             )
-            sizes |= {size for wanted, size in zip(expected[leaf], shape, strict=False) if wanted == _UNKNOWN_SIZE}
+            sizes |= {found for size, found in zip(wanted, shape, strict=False) if size == _UNKNOWN_SIZE}
             if not fits:
-                problems.append(f"{block}{container}{leaf} has shape {shape}, expected {_shape_text(expected[leaf])}")
+                problems.append(f"{key} has shape {shape}, expected {_shape_text(wanted)}")
             elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                problems.append(f"{block}{container}{leaf} contains values that are not finite numbers")
+                problems.append(f"{key} contains values that are not finite numbers")
     if len(sizes) > 1:
         problems.append(f"the tensors have different hidden sizes: {sorted(sizes)}")
     if problems:

@@ -167,7 +167,11 @@ def is_called(name: str, wanted: str) -> bool:
 
 
 def block_index(name: str) -> int:
-    """The index of a block, which is at the end of its name: 3 for `"model.layers.3"`."""
+    """The index of a block, which is at the end of its name: 3 for `"model.layers.3"`.
+
+    Raises:
+        ValueError: The name does not end in a number.
+    """
     match = re.search(r"(\d+)$", name)
     if match is None:
         raise ValueError(f"Expected the name of a block, which ends in an index, got {name!r}.")

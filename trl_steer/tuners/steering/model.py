@@ -32,10 +32,6 @@ class SteeringModel(SteeringTuner, _BlocksOnlyTuner):
         config ([`SteeringConfig`]): The configuration.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
         low_cpu_mem_usage (`bool`, defaults to `False`): Create empty adapter weights on the meta device.
-
-    **Attributes**:
-        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be steered.
-        - **peft_config** (`dict[str, SteeringConfig]`) -- The configuration of each adapter.
     """
 
     prefix: str = "steering_"

@@ -1,4 +1,4 @@
-"""Which tokens an adapter edits: all, the last one of the prompt, or the first and the last ones of the prompt."""
+"""Which tokens an adapter edits: all, the last prompt token, or the first and the last prompt tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FIRST_AND_LAST = re.compile(r"f([1-9]\d*)\+l([1-9]\d*)")
 
 
 def first_and_last(positions: str) -> int:
-    """The `n` of `positions="fn+ln"`, 0 for the other choices.
+    """The `n` of `positions="fn+ln"`, or 0 for the other values.
 
     Raises:
-        ValueError: `positions` is none of the choices.
+        ValueError: `positions` has an invalid value.
     """
     match = _FIRST_AND_LAST.fullmatch(positions) if isinstance(positions, str) else None
     if match is not None and match[1] == match[2]:
@@ -36,11 +36,11 @@ def first_and_last(positions: str) -> int:
 def chosen_tokens(prompt: torch.Tensor, positions: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The first and the last tokens to edit.
 
-    With `"fn+ln"`, a prompt of `P` tokens has its first and last `min(n, P // 2)` edited, so the two never overlap
-    (pyreft's rule). With `"last_prompt"` there are no first ones.
+    With `"fn+ln"`, these are the first and the last `min(n, P // 2)` of the `P` prompt tokens, which never overlap
+    (pyreft's rule). With `"last_prompt"`, there are no first ones.
 
     Args:
-        prompt (`torch.Tensor`): (batch, tokens) of booleans, True for the tokens of the prompt, wherever padding is.
+        prompt (`torch.Tensor`): (batch, tokens), boolean. True for prompt tokens, with padding on either side.
         positions (`str`): `"last_prompt"` or `"fn+ln"`.
 
     Returns:
@@ -53,7 +53,7 @@ def chosen_tokens(prompt: torch.Tensor, positions: str) -> tuple[torch.Tensor, t
     return prompt & (rank < count), prompt & (rank >= length - count)
 
 
-@torch.compiler.disable  # how many tokens these are depends on the data
+@torch.compiler.disable  # the number of tokens depends on the data
 def edit_tokens(
     adapter: SteeringAdapter,
     hidden: torch.Tensor,
@@ -62,18 +62,18 @@ def edit_tokens(
     prompt: Prompt,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `adapter(hidden, residual, scaling)`, but with the update at the adapter's positions only.
+    """Like `adapter(hidden, residual, scaling)`, but only at the adapter's positions.
 
     Args:
         adapter ([`SteeringAdapter`]): The adapter.
         hidden (`torch.Tensor`): (batch, length, d) or (batch * length, d).
-        residual (`torch.Tensor`, *optional*): Shape of `hidden`, what the update is added to. Default: `hidden`.
+        residual (`torch.Tensor`, *optional*): Shape of `hidden`. The update is added to it. Default: `hidden`.
         scaling (`float`): Factor on the update.
-        prompt ([`Prompt`]): Where the prompt is.
-        rows (`torch.Tensor`, *optional*): One boolean for each entry of `hidden`, whether it is edited. Default: all.
+        prompt ([`Prompt`]): The prompt of each row.
+        rows (`torch.Tensor`, *optional*): Boolean for each entry of `hidden`, whether to edit it. Default: all.
 
     Raises:
-        ValueError: `hidden` does not have the tokens of the forward pass.
+        ValueError: `hidden` does not have one entry for each token of the forward pass.
     """
     base = hidden if residual is None else residual
     if prompt.is_over:
@@ -82,7 +82,7 @@ def edit_tokens(
     if len(flat) != prompt.batch * prompt.length:
         raise ValueError(
             f"positions={adapter.positions!r} cannot be used here: the hidden state of shape {tuple(hidden.shape)} "
-            f"does not have the {prompt.length} tokens of the {prompt.batch} rows that the model was called with."
+            f"does not match the input of the model, {prompt.batch} rows of {prompt.length} tokens."
         )
     groups = prompt.indices(adapter.positions, adapter.parts, hidden.device)
     for part, index in enumerate(groups):

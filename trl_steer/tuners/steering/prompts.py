@@ -1,7 +1,7 @@
-"""Where the prompt is among the tokens of a forward pass.
+"""The position of the prompt among the tokens of a forward pass.
 
-It follows from how the model is called, see [`prompt_in_call`]. What a cache holds already and what is decoded is no
-part of what a forward pass computes of the prompt, so each token of the prompt is edited once.
+The prompt is found from the arguments of the model, see [`prompt_in_call`]. Cached and generated tokens are not
+edited, so each prompt token is edited once.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .positions import chosen_tokens
 
 logger = logging.get_logger(__name__)
 
-# transformers' arguments that hold what earlier forward passes have computed.
+# Arguments of transformers' models with the results of earlier forward passes.
 _CACHES = ("past_key_values", "cache_params")
 
 
 class Prompt:
     """
-    The prompt of each row of a batch, and the part of it that one forward pass computes.
+    The prompt of each row of a batch, and the part of it in one forward pass.
 
     Args:
-        mask (`torch.Tensor`): (batch, tokens) of booleans, which tokens from the first on are the prompt's.
-        start (`int`): Index of the first token of the forward pass; those before are in the cache.
+        mask (`torch.Tensor`): (batch, tokens), boolean. Which tokens belong to the prompt, including cached ones.
+        start (`int`): Index of the first token of the forward pass. Earlier tokens are in the cache.
         length (`int`): Number of tokens of each row in the forward pass.
     """
 
@@ -42,12 +42,12 @@ class Prompt:
 
     @property
     def is_over(self) -> bool:
-        """Whether the forward pass is behind the prompt, so that it has nothing to edit."""
+        """Whether the forward pass starts after the prompt, so that there is nothing to edit."""
         return self.start >= self.mask.shape[1]
 
     def indices(self, positions: str, parts: int, device: torch.device) -> list[torch.Tensor]:
-        """Tokens of the forward pass to edit, as indices into (batch * length): all in one, or in two `parts`, the
-        first ones and the last."""
+        """Indices into (batch * length) of the tokens to edit in this forward pass: in one tensor, or in two (`parts`)
+        for the first and the last tokens."""
         key = (positions, parts, device)
         if key not in self._indices:
             first, last = chosen_tokens(self.mask, positions)
@@ -63,17 +63,17 @@ class Prompt:
 
 class _Generation:
     """
-    A call of `generate`, whose forward passes all have the same prompt.
+    A call of `generate`. All of its forward passes have the same prompt.
 
     Args:
-        args (`tuple`), kwargs (`Mapping`): What `generate` was called with.
+        args (`tuple`), kwargs (`Mapping`): The arguments of `generate`.
     """
 
     def __init__(self, args: tuple, kwargs: Mapping[str, Any]):
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         tokens = next((value for value in given if isinstance(value, torch.Tensor)), None)
         self.attention_mask = kwargs.get("attention_mask")
-        # Beside a cache that is continued, only the new tokens may have been given, but the mask of all.
+        # With a cache from an earlier call, the tokens may be only the new ones, while the mask is for all.
         shapes = [value.shape for value in (tokens, self.attention_mask) if value is not None]
         self.length = max((shape[1] for shape in shapes), default=1)
         self._computed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -89,24 +89,24 @@ class _Generation:
             return Prompt(tokens.new_ones((batch, 0), dtype=torch.bool), start, length)
         real = _real_tokens(attention_mask, batch, min(self.length, start + length), tokens.device)
         real = F.pad(real, (0, self.length - real.shape[1]), value=True)
-        if self.attention_mask is not None:  # of all the prompt, also where it is computed in chunks
+        if self.attention_mask is not None:  # for the whole prompt, even if it is computed in chunks
             repeats = batch // len(self.attention_mask)  # one for each beam
             real = self.attention_mask.to(tokens.device).bool().repeat_interleave(repeats, dim=0)
         return Prompt(real, start, length)
 
 
-# An error in place of a prompt is raised where the prompt is needed, since no adapter may be active.
+# An error is stored in place of a prompt, and raised when the prompt is needed: perhaps no adapter is active.
 _PROMPTS: ContextStack[Prompt | ValueError] = ContextStack("steering_prompt")
 _GENERATIONS: ContextStack[_Generation] = ContextStack("steering_generation")
-# The prompts of caches that a `generate` fills which was not called through a tuner.
+# Prompts by cache, for a `generate` that was not called through a tuner.
 _CACHED: WeakKeyDictionary[Any, _Generation] = WeakKeyDictionary()
 
 
 def current_prompt() -> Prompt | None:
-    """The prompt of the forward pass that runs, `None` outside of one.
+    """The prompt of the current forward pass, or `None` outside of one.
 
     Raises:
-        ValueError: It could not be found, see [`prompt_in_call`].
+        ValueError: The prompt could not be found, see [`prompt_in_call`].
     """
     prompt = next(iter(_PROMPTS), None)
     if isinstance(prompt, ValueError):
@@ -116,7 +116,7 @@ def current_prompt() -> Prompt | None:
 
 @contextmanager
 def generation(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """For a call of `generate` with these arguments: the inputs are the prompt."""
+    """Context manager for a call of `generate` with these arguments. Its inputs are the prompt."""
     entry = _GENERATIONS.push(_Generation(args, kwargs))
     try:
         yield
@@ -125,19 +125,19 @@ def generation(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def watch(model: nn.Module) -> None:
-    """Has a model find the prompt in each of its calls."""
+    """Adds hooks to a model that find the prompt in each call."""
     if not is_watched(model):
         model.register_forward_pre_hook(_before, prepend=True, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether an adapter edits some tokens of the prompt."""
+    """Whether [`watch`] was called for a model, because an adapter edits only some tokens."""
     return _before in model._forward_pre_hooks.values()
 
 
 def unwatch(model: nn.Module) -> None:
-    """Undoes [`watch`]."""
+    """Removes the hooks of [`watch`]."""
     for hooks, own in ((model._forward_pre_hooks, _before), (model._forward_hooks, _after)):
         for key in [key for key, hook in hooks.items() if hook is own]:
             del hooks[key]
@@ -167,22 +167,22 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
 
     The first of these that applies says what the prompt is:
 
-    - inside of `generate`, its inputs;
-    - `completion_mask` (batch, sequence), which is taken out of `kwargs`: the tokens before the completion;
+    - inside `generate`, its inputs;
+    - `completion_mask` (batch, sequence), which is removed from `kwargs`: the tokens before the completion;
     - `labels`: the tokens before the first one that is not -100;
-    - `logits_to_keep` of two or more, as TRL's GRPO and RLOO trainers ask for: the tokens before the completion;
-    - a cache: the tokens of the forward pass that began to fill it;
-    - in evaluation mode, all of the input.
+    - `logits_to_keep` of at least two, as in TRL's GRPO and RLOO trainers: the tokens before the completion;
+    - a cache: the tokens of its first forward pass;
+    - in evaluation mode, the whole input.
 
     Raises:
-        ValueError: In training nothing says what the prompt is, a row has none, or rows hold several sequences.
+        ValueError: In training, the prompt is unknown, a row has none, or a row has several sequences.
     """
     tokens = next(
         (t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]) if isinstance(t, torch.Tensor)),
         None,
     )
     if tokens is None:
-        raise ValueError("Expected `input_ids` or `inputs_embeds`, in which to find the tokens to edit; got neither.")
+        raise ValueError("Expected `input_ids` or `inputs_embeds`, which are needed to find the prompt; got neither.")
     attention_mask = kwargs.get("attention_mask")
     completion_mask = kwargs.pop("completion_mask", None)
     cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
@@ -197,14 +197,14 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
         return Prompt(_before_completion(real, completion.to(real.device)), 0, length)
     if model.training:
         raise ValueError(
-            "Some tokens of the prompt are to be edited, but nothing says what the prompt is. Train on prompts and "
-            "completions (TRL then gives the prompt's tokens the label -100), call the model with `labels` or "
+            "An adapter edits only some tokens of the prompt, but the prompt is unknown. Train on prompts and "
+            "completions (TRL sets the labels of prompt tokens to -100), call the model with `labels` or "
             "`completion_mask`, or use positions='all'."
         )
     if cache is None:
         logger.warning_once(
-            "A model whose adapter edits some tokens of the prompt was called without `labels`, and not by "
-            "`generate`: all of the input is taken for the prompt."
+            "An adapter edits only some tokens of the prompt, and the model was called without `labels` and not by "
+            "`generate`. The whole input is used as the prompt."
         )
         return Prompt(real, 0, length)
     if cache not in _CACHED or cache.get_seq_length() == 0:
@@ -213,7 +213,7 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
 
 
 def _completion(completion_mask: Any, kwargs: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
-    """Which tokens are known to be the completion's."""
+    """Which tokens belong to the completion, or `None` if unknown."""
     if completion_mask is not None:
         return completion_mask.bool()
     labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep")
@@ -229,16 +229,15 @@ def _before_completion(real: torch.Tensor, completion: torch.Tensor) -> torch.Te
     without = completion.any(-1) & ~prompt.any(-1)
     if without.any():
         raise ValueError(
-            f"Row {int(without.nonzero()[0])} of the batch has a completion but no prompt, of which tokens are to be "
-            "edited. Train on prompts and completions, with the completion only as the target "
-            "(`completion_only_loss`), or use positions='all'."
+            f"Row {int(without.nonzero()[0])} of the batch has a completion but no prompt. Train on prompts and "
+            "completions, with a loss on completions only (`completion_only_loss`), or use positions='all'."
         )
     return prompt
 
 
 def _real_tokens(attention_mask: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """Which of the first `length` tokens are no padding, from an attention mask in any of transformers' forms."""
-    if isinstance(attention_mask, dict):  # by the type of attention
+    """Which of the first `length` tokens are not padding, from an attention mask in any of transformers' formats."""
+    if isinstance(attention_mask, dict):  # one mask for each type of attention
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
     if not isinstance(attention_mask, torch.Tensor):
         return torch.ones((batch, length), dtype=torch.bool, device=device)
@@ -256,6 +255,6 @@ def _check_not_packed(kwargs: Mapping[str, Any], real: torch.Tensor) -> None:
         packed = bool((falls & real[:, 1:] & real[:, :-1]).any())
     if packed:
         raise ValueError(
-            "The rows of the batch hold several sequences each (packing, or padding-free batches), so a row has no "
-            "prompt of its own. Train with packing=False and padding_free=False, or use positions='all'."
+            "A row of the batch has several sequences (packing, or padding-free batches), so its prompt is unknown. "
+            "Train with packing=False and padding_free=False, or use positions='all'."
         )

@@ -157,8 +157,8 @@ class SteeringTuner(CallsMixin):
         for block in self._matcher(config).matched():
             site = self._new_layer(self.model.get_submodule(block)).anatomy.site(steering.site)
             shapes = layer_cls.adapter_class(steering).shapes(steering.for_block(block, site), site.width)
-            for leaf, shape in shapes.items():
-                expected[f"{PREFIX}{block}.{container}.{leaf}"] = torch.empty(shape, device="meta")
+            for tensor_name, shape in shapes.items():
+                expected[f"{PREFIX}{block}.{container}.{tensor_name}"] = torch.empty(shape, device="meta")
         adapter_name = next(name for name, known in self.peft_config.items() if known is config)
         check_header(adapter_name, expected, {k: t for k, t in load.header.items() if f".{container}." in k})
 
