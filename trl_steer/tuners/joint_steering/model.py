@@ -19,7 +19,7 @@ from torch import nn
 
 from ..post_block_steering import PostBlockSteeringConfig
 from ..steering.folder import PREFIX
-from ..steering.loading import Load
+from ..steering.load_in_progress import Load
 from ..steering.matching import block_index, find_blocks, is_called
 from ..steering.sites import linear_layers
 from ..steering.sums import check_summable, summed_config, write_sums

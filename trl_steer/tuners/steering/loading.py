@@ -1,19 +1,14 @@
 """Checks on an adapter before it is loaded into a model.
 
-When PEFT loads an adapter, it injects it first and then reads its weights, and does not pass the folder to the tuner.
-All checks are done at the injection, against the folder that PEFT or transformers is loading. If any of them fails,
-[`restored_on_failure`] restores the model.
+All checks are done at the injection, against the folder that PEFT or transformers is loading, see [`Load`]. If any of
+them fails, [`restored_on_failure`] restores the model.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,92 +21,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .folder import PREFIX, AdapterFolder
+from .folder import PREFIX
 from .matching import text_config
 from .saving import auxiliary_keys
 
-# Functions that inject an adapter and then load its weights: module and name, and the local variable with the folder
-# or Hub id.
-_LOADERS = {
-    ("peft.peft_model", "from_pretrained"): "model_id",
-    ("peft.peft_model", "load_adapter"): "model_id",
-    ("peft.mixed_model", "from_pretrained"): "model_id",
-    ("transformers.integrations.peft", "load_adapter"): "peft_model_id",
-}
-
 _COLLECTIONS = (dict, OrderedDict, list, set)
-
-
-@dataclass
-class Load:
-    """
-    A call that loads an adapter from a folder.
-
-    Attributes:
-        folder ([`AdapterFolder`]): The folder with the weights.
-        key_mapping (`dict[str, str]`): Regular expressions that PEFT applies to the keys, and their replacements.
-        by_transformers (`bool`): Whether transformers loads the weights, rather than PEFT.
-    """
-
-    folder: AdapterFolder
-    key_mapping: Mapping[str, str]
-    by_transformers: bool
-
-    @classmethod
-    def in_progress(cls) -> Load | None:
-        """The load that the current injection is part of, found by inspecting the call stack. `None` for a new
-        adapter, even if its configuration was read from a folder.
-
-        Raises:
-            ValueError: The folder has no weights, or none that can be read.
-        """
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            module = frame.f_globals.get("__name__", "")
-            variable = _LOADERS.get((module, frame.f_code.co_name))
-            values = frame.f_locals
-            if variable is not None and values.get(variable) is not None:
-                if values.get("adapter_state_dict") is not None:
-                    return None  # transformers accepts tensors instead of a folder
-                load_config = values.get("load_config")
-                kwargs = {
-                    **PeftModel._split_kwargs(values.get("kwargs") or {})[0],
-                    **(values.get("hf_hub_download_kwargs") or {}),
-                    **(getattr(load_config, "download_kwargs", None) or {}),
-                }
-                device = {**(values.get("kwargs") or {}), **values}.get("torch_device")
-                if device is not None:
-                    torch.empty(
-                        0, device=device
-                    )  # raises PEFT's error for an invalid device, but before the injection
-                if getattr(load_config, "use_safetensors", None) is False:
-                    raise ValueError(
-                        "Got use_safetensors=False, but adapters are loaded from safetensors files only. Leave it out."
-                    )
-                folder = AdapterFolder.open(values[variable], **kwargs)
-                return cls(folder, values.get("key_mapping") or {}, module.startswith("transformers."))
-            frame = frame.f_back
-        return None
-
-    @cached_property
-    def header(self) -> dict[str, torch.Tensor]:
-        """All tensors of the file on the meta device, with `key_mapping` applied to their keys."""
-        return self._renamed(self.folder.header())
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the file, with `key_mapping` applied to their keys."""
-        return self._renamed(self.folder.tensors())
-
-    def _renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self._renamed_key(key): tensor for key, tensor in tensors.items()}
-
-    def _renamed_key(self, key: str) -> str:
-        bare = key.removeprefix(PREFIX)
-        for pattern, replacement in self.key_mapping.items():
-            new, count = re.subn(pattern, replacement, bare)
-            if count:
-                return PREFIX + new
-        return key
 
 
 def check_base_model_type(config: Any, model: nn.Module, theirs: str | None) -> None:

@@ -18,8 +18,8 @@ from .config import SteeringConfig
 from .folder import PREFIX
 from .functional import adapter_scaling, set_scaling
 from .layer import SteeringLayer
+from .load_in_progress import Load
 from .loading import (
-    Load,
     check_adapter_tensors,
     check_base_model_type,
     check_header,
