@@ -19,8 +19,9 @@ class Halved(nn.Module):
 
 
 def weights(model):
-    """All weights of steering adapters: the adapter, and the name of the weight in it."""
-    return [(adapter, name) for adapter in adapters_of(model) for name, _ in list(adapter.named_parameters())]
+    """All weights of steering adapters that may have any value: the adapter, and the name of the weight in it."""
+    named = [(adapter, name) for adapter in adapters_of(model) for name, _ in list(adapter.named_parameters())]
+    return [(adapter, name) for adapter, name in named if name != "rotation"]  # LoReFT's has orthonormal rows
 
 
 def reference(model, change):

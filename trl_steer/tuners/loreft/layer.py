@@ -20,8 +20,9 @@ class LoReftAdapter(SteeringAdapter):
     """
     `dropout(h + scaling * (act(h @ weight.T + bias) - h @ rotation.T) @ rotation)`.
 
-    The parameter behind `rotation` is any matrix, whose rows are orthonormalized when `rotation` is read. The first
-    forward pass after an optimizer step replaces the parameter by the orthonormalized one, and state dicts hold that.
+    In training mode, the parameter behind `rotation` is any matrix, whose rows are orthonormalized when `rotation` is
+    read. The first forward pass after an optimizer step, and the change to evaluation mode, replace the parameter by
+    the orthonormalized one (in distributed training, nothing does). State dicts hold that one in any case.
 
     Args:
         width (`int`): Size `d` of the hidden state.
@@ -54,7 +55,8 @@ class LoReftAdapter(SteeringAdapter):
 
     @property
     def rotation(self) -> torch.Tensor:
-        return orthonormal_rows(self._unconstrained)
+        is_free = self.training or torch.distributed.is_initialized()
+        return orthonormal_rows(self._unconstrained) if is_free else self._unconstrained
 
     @rotation.setter
     def rotation(self, value: torch.Tensor) -> None:
@@ -91,6 +93,11 @@ class LoReftAdapter(SteeringAdapter):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
+    def train(self, mode: bool = True) -> LoReftAdapter:
+        if self.training and not mode:
+            self._orthonormalize()
+        return super().train(mode)
+
     def forward(
         self, h: torch.Tensor, residual: torch.Tensor | None = None, scaling: float | None = None, part: int = 0
     ) -> torch.Tensor:
@@ -115,8 +122,10 @@ class LoReftAdapter(SteeringAdapter):
         """Replaces the parameter by its orthonormalized rows after an optimizer step, so that it does not drift away,
         and a run resumed from a folder equals one that was not stopped."""
         parameter = self._unconstrained
-        # Under FSDP2 this would be a gathered copy.
-        if not (torch.distributed.is_initialized() or parameter.is_meta or _is_orthonormal(parameter)):
+        # Under FSDP2 this would be a shard, or a gathered copy. Before it is loaded, it can be anything.
+        if torch.distributed.is_initialized() or parameter.is_meta or _is_orthonormal(parameter):
+            return
+        if torch.linalg.matrix_rank(_double(parameter)).min() == parameter.shape[-2]:
             parameter.copy_(orthonormal_rows(parameter))
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
