@@ -41,18 +41,22 @@ def load_base(
     model: str, adapter: str | None, *, dtype: Any = "auto", device: str | None = None, revision: str = "main"
 ) -> tuple[Any, Any]:
     """Loads the base model of [`load`], with embeddings resized to the adapter's tokenizer, and this tokenizer."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = found.type if found else "cpu"
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=revision)
     own = adapter is not None and _has_tokenizer(adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter if own else model)
     if own and len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
         loaded.resize_token_embeddings(len(tokenizer))
-    return loaded.to(device), tokenizer
+    return loaded.to(device or default_device()), tokenizer
+
+
+def default_device() -> str:
+    """The type of the accelerator, if there is one, else the CPU."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else "cpu"
 
 
 def _has_tokenizer(adapter: str) -> bool:

@@ -10,24 +10,22 @@
 Each of them is written atomically. So a run that was killed can be continued, and a finished one is not repeated.
 """
 
-import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import shutil
-import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from trl_steer.checkpoints import is_finished, newest_complete_checkpoint, step_of
 from trl_steer.extras import require
-from trl_steer.files import new_folder, read_json, remove, write_json
+from trl_steer.files import LOCK, FolderInUseError, locked, new_folder, read_json, remove, write_json
 from trl_steer.presets import AdapterMethod as Method
 
 from . import models
@@ -39,7 +37,7 @@ SETTINGS, ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG = (
     *("settings.json", "environment.json", "adapter"),
     *("training.json", "scores", "log"),
 )
-CHECKPOINTS, LOCK, RESULTS = "checkpoints", ".lock", "results.md"
+CHECKPOINTS, RESULTS = "checkpoints", "results.md"
 OURS = (ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG, CHECKPOINTS, RESULTS)
 # The contents of `training.json` at a checkpoint. It is written last, so that a checkpoint without it is incomplete.
 MARK = "progress.json"
@@ -142,10 +140,9 @@ class Run:
         scored = all(self.scores_file(task, base).is_file() for base in {False, with_base})
         return self.is_trained() and scored
 
-    def newest_checkpoint(self) -> Path | None:
-        """The last complete checkpoint, or `None`."""
-        complete = [mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{MARK}")]
-        return max(complete, key=_step, default=None)
+    def newest_checkpoint(self, skip: Callable[[Path], object] = lambda checkpoint: None) -> Path | None:
+        """The last complete checkpoint, or `None`. Calls `skip` with incomplete ones."""
+        return newest_complete_checkpoint(self.checkpoints, MARK, skip)
 
     def command(self) -> str:
         """The lm-eval command that evaluates the adapter in the same way, for the shell."""
@@ -176,7 +173,7 @@ class Run:
         if self.is_trained():
             parts.append("the trained adapter")
         elif checkpoint is not None:
-            parts.append(f"training up to step {_step(checkpoint)}")
+            parts.append(f"training up to step {step_of(checkpoint)}")
         return " and ".join(parts) or "only the settings"
 
 
@@ -220,8 +217,7 @@ def make(
     try:
         require("eval", "lm_eval")
         _check_ours(run)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(run.folder):
+        with locked(run.folder):
             _prepare(run, settings, overwrite)
             with output_to(run.log):
                 try:
@@ -230,7 +226,7 @@ def make(
                     with suppress(OSError), run.log.open("a", encoding="utf-8") as log:  # the disk may be full
                         traceback.print_exc(file=log)
                     raise RunError(_reason(error, run)) from error
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, FolderInUseError) as error:
         raise RunError(_reason(error, run)) from error
     return run
 
@@ -272,13 +268,13 @@ def _score(run: Run, settings: Settings, model: str, base: bool, report: Report)
 
 
 def _train(run: Run, settings: Settings, model: str, report: Report) -> None:
+    def skip(checkpoint: Path) -> None:
+        report.note(f"Skipping {checkpoint.name}, which is incomplete.")
+        remove(checkpoint)
+
     if not run.is_trained():
-        for checkpoint in sorted(run.checkpoints.glob("checkpoint-*")):
-            if not (checkpoint / MARK).is_file():
-                report.note(f"Skipping {checkpoint.name}, which is incomplete.")
-                remove(checkpoint)
-        newest = run.newest_checkpoint()
-        if newest is None or not _is_last(newest):
+        newest = run.newest_checkpoint(skip)
+        if newest is None or not is_finished(newest):
             from .training import train
 
             train(settings, model, run.checkpoints, newest, report)
@@ -292,15 +288,6 @@ def _train(run: Run, settings: Settings, model: str, report: Report) -> None:
                     shutil.copy(file, partial)
     remove(run.checkpoints)
     report.end("{steps} steps in {seconds:.0f} s".format(**run.training))
-
-
-def _is_last(checkpoint: Path) -> bool:
-    state = read_json(checkpoint / "trainer_state.json")
-    return state["global_step"] >= state["max_steps"]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
 
 
 def _check_ours(run: Run) -> None:
@@ -331,33 +318,12 @@ def _prepare(run: Run, settings: Settings, overwrite: bool) -> None:
         write_json(run.folder / SETTINGS, wanted)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Context manager that locks the folder. The system unlocks it even if the process is killed.
-
-    Raises:
-        RunError: The folder is locked by another process.
-    """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RunError(f"{folder} is in use by {holder}. Wait for it to end, or choose another folder.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
 def _environment(model: str) -> dict[str, Any]:
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "model": model,
-        "device": accelerator.type if accelerator else "cpu",
+        "device": models.default_device(),
         "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -374,6 +340,6 @@ def _reason(error: Exception, run: Run) -> str:
     # PyTorch and safetensors do not raise an `OSError` when the disk is full.
     if run.folder.is_dir() and shutil.disk_usage(run.folder).free < 2**20:
         text = f"No space is left on the disk of {run.folder} ({text[:120]})"
-    if isinstance(error, OSError | ImportError):
+    if isinstance(error, OSError | ImportError | FolderInUseError):
         return text
     return f"{text[:500]} ({type(error).__name__}; the traceback is in {run.log})"

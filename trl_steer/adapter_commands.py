@@ -6,7 +6,10 @@ PEFT is imported after the arguments have been checked, so that `--help` and err
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+
+from trl_steer.checkpoint_names import check_folder
 
 
 def split(argv: Sequence[str] | None = None, prog: str = "trl-steer split") -> int:
@@ -22,7 +25,7 @@ def split(argv: Sequence[str] | None = None, prog: str = "trl-steer split") -> i
     args = parser.parse_args(argv)
 
     def action() -> str:
-        _check_exists(args.folder)
+        _check_adapters(args.folder)
         from trl_steer.tuners.joint_steering.folders import split_adapter
 
         split_adapter(args.folder, args.lora, args.steering)
@@ -40,8 +43,7 @@ def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int
     args = parser.parse_args(argv)
 
     def action() -> str:
-        _check_exists(args.lora)
-        _check_exists(args.steering)
+        _check_adapters(args.lora, args.steering)
         from trl_steer.tuners.joint_steering.folders import join_adapters
 
         join_adapters(args.lora, args.steering, args.folder)
@@ -50,22 +52,9 @@ def join(argv: Sequence[str] | None = None, prog: str = "trl-steer join") -> int
     return _run(prog, action)
 
 
-def _check_exists(adapter: str) -> None:
-    """Checks that an adapter exists, as far as possible without importing anything or accessing the network.
-
-    Raises:
-        FileNotFoundError: It does not.
-        NotADirectoryError: It is a file.
-    """
-    path = Path(adapter).expanduser()
-    if path.is_dir():
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (path / name).exists():
-                raise FileNotFoundError(f"{adapter} is not the folder of an adapter: there is no {name}.")
-    elif path.exists():
-        raise NotADirectoryError(f"{adapter} is a file, expected the folder of an adapter.")
-    elif adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"There is no folder {adapter}. A Hub id has the form OWNER/NAME.")
+def _check_adapters(*adapters: str) -> None:
+    for adapter, file in product(adapters, ("adapter_config.json", "adapter_model.safetensors")):
+        check_folder(adapter, file)
 
 
 def _run(prog: str, action: Callable[[], str]) -> int:

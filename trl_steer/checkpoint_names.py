@@ -3,23 +3,23 @@
 from pathlib import Path
 
 _SECONDS = 5
-_KINDS = {"config.json": "model", "adapter_config.json": "adapter"}
+_KINDS = {"config.json": "model", "adapter_config.json": "adapter", "adapter_model.safetensors": "adapter"}
 
 
-def check_folder(name: str, config: str = "config.json") -> None:
+def check_folder(name: str, file: str = "config.json") -> None:
     """Checks that a name is either the folder of a checkpoint or can be a Hub id.
 
     Args:
         name (`str`): The name.
-        config (`str`, defaults to `"config.json"`): The file that makes the folder one; that of an adapter is
-            `"adapter_config.json"`.
+        file (`str`, defaults to `"config.json"`): A file that the folder must have; for an adapter,
+            `"adapter_config.json"` or `"adapter_model.safetensors"`.
 
     Raises:
         FileNotFoundError: It is a path, but not that of a folder with the file.
     """
     path = Path(name).expanduser()
-    if path.exists() and not (path / config).is_file():
-        raise FileNotFoundError(f"{name} is not the folder of a saved {_KINDS[config]}: there is no {config}.")
+    if path.exists() and not (path / file).is_file():
+        raise FileNotFoundError(f"{name} is not the folder of a saved {_KINDS[file]}: there is no {file}.")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"There is no folder {name}. A Hub id has the form OWNER/NAME.")
 

@@ -1,17 +1,25 @@
-"""Atomic writes of files and folders: they are written to a temporary path next to the target, and then renamed.
+"""Atomic writes of files and folders, and locks.
 
-If the process is killed, the temporary path `.NAME.*.partial` remains. It is never read, and can be deleted.
+Files and folders are written to a temporary path next to the target, which is then renamed. If the process is killed,
+the temporary path `.NAME.*.partial` remains. It is never read, and can be deleted.
 """
 
 import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+LOCK = ".lock"
+
+
+class FolderInUseError(RuntimeError):
+    """Another process has locked a folder."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +104,30 @@ def new_folders(*paths: Path) -> Iterator[list[Path]]:
                     _check_free(target)
                     raise
             undo.pop_all()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Context manager that locks a folder, and creates it if necessary. The system unlocks it even if the process is
+    killed.
+
+    Raises:
+        FolderInUseError: Another process has locked the folder. The message names it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(file, timeout=0))
+        except Timeout:
+            holder = file.read_text(encoding="utf-8").strip() or "another process"
+            raise FolderInUseError(
+                f"{folder} is in use by {holder}. Wait for it to end, or choose another folder."
+            ) from None
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
 
 
 @contextmanager

@@ -3,11 +3,9 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from trl_steer.files import write_text
+from trl_steer.files import locked, write_text
 
 from . import generation, judges, judging, reference
 from .client import Client
@@ -45,7 +43,7 @@ def generate(arguments: argparse.Namespace) -> int:
         "baseline_sha256": known.sha256[reference.BASELINE],
     }
     chosen = range(len(known.rows))[: arguments.limit]
-    with _locked(arguments.output):
+    with locked(arguments.output):
         generation.prepare(arguments.output, settings)
         empty = generation.generate(
             arguments.output, known.rows, chosen, settings["name"], model.answer, batch_size, client
@@ -70,7 +68,7 @@ def judge(arguments: argparse.Namespace) -> int:
     outputs = reference.Outputs(given.generator, dict(list(given.by_row.items())[: arguments.limit]))
     folder = arguments.output or file.parent / chosen.label
     cache = arguments.cache or Path(constants.HF_ASSETS_CACHE) / "trl_steer" / "alpaca_eval"
-    with _locked(folder):
+    with locked(folder):
         if not judging.is_about(folder, given):
             # If the judge fails now, a report must not show the result of earlier outputs.
             (folder / judging.RESULT).unlink(missing_ok=True)
@@ -129,18 +127,6 @@ def _client(arguments: argparse.Namespace, endpoint: str, variable: str | None =
 
 def _pattern(arguments: argparse.Namespace) -> re.Pattern[str] | None:
     return arguments.thought_pattern if arguments.strip_thoughts else None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RuntimeError(f"Another process is using {folder}. Wait for it, or choose another --output.") from None
 
 
 def _confirm(cost: str, yes: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from trl_steer.checkpoint_names import check_folder, check_on_hub
 from trl_steer.extras import require
 from trl_steer.integrations.trl.source_arguments import ArgumentError
+from trl_steer.tasks.sources import READERS, reader_of
 
 
 def check_paths(given: Mapping[str, Any]) -> None:
@@ -60,7 +61,7 @@ def _check_data(given: Mapping[str, Any]) -> None:
             )
         return
     name = str(given.get("dataset_name") or "")
-    if name and Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet") and not Path(name).is_file():
+    if name and reader_of(name) and not Path(name).is_file():
         raise ArgumentError(f"--dataset_name: there is no file {name}.")
     files = [name] if Path(name).is_file() else []
     for file in _files_of_mixture(given.get("datasets")):
@@ -76,7 +77,7 @@ def _files_of_mixture(parts: Any) -> list[str]:
     """Local files in TRL's `datasets`, without patterns and URLs."""
     files: list[str] = []
     for part in parts if isinstance(parts, list) else []:
-        if isinstance(part, dict) and part.get("path") in ("json", "csv", "parquet"):
+        if isinstance(part, dict) and part.get("path") in READERS.values():
             named = part.get("data_files") or []
             files += [str(file) for file in ([named] if isinstance(named, str) else named)]
     return [file for file in files if not any(mark in file for mark in ("*", "?", "[", "://"))]

@@ -8,8 +8,7 @@ from typing import Any
 from trl_steer.integrations.trl.arguments import SteeringArguments
 from trl_steer.integrations.trl.source_arguments import ArgumentError
 from trl_steer.tasks import load_task
-
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from trl_steer.tasks.sources import reader_of
 
 
 def load_dataset(ours: SteeringArguments, script: Any, training: Any, mixture: Any, model: str) -> Any:
@@ -47,7 +46,7 @@ def _load(ours: SteeringArguments, script: Any, mixture: Any) -> Any:
         if mixture.datasets:
             return get_dataset(mixture)
         name, streaming = script.dataset_name, script.dataset_streaming
-        reader = _READERS.get(Path(name).suffix.lower())
+        reader = reader_of(name)
         if reader is not None and Path(name).is_file():
             rows = datasets.load_dataset(reader, data_files=name, split="train", streaming=streaming)
             return datasets.DatasetDict({"train": rows})

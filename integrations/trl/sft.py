@@ -144,10 +144,10 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     """
     from trl import SFTTrainer, get_quantization_config
 
+    from trl_steer.checkpoints import is_finished, newest_complete_checkpoint
     from trl_steer.integrations.trl.data import load_dataset
     from trl_steer.trainers import JointOrthSFTTrainer
     from trl_steer.trainers.callbacks import DivergenceCallback, PenaltyCallback
-    from trl_steer.trainers.checkpoints import is_finished, newest_complete_checkpoint
     from trl_steer.tuners.steering import adapter_penalty
 
     init = {
@@ -163,7 +163,8 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     adapter = peft_config(request, model_args)
     checkpoint = training_args.resume_from_checkpoint
     if str(checkpoint).lower() in ("true", "1"):
-        checkpoint = newest_complete_checkpoint(training_args.output_dir)
+        newest = newest_complete_checkpoint(training_args.output_dir)
+        checkpoint = newest and str(newest)
     finished = checkpoint is not None and is_finished(checkpoint, training_args)
     trainer_class = JointOrthSFTTrainer if request.ours.method in JOINT else SFTTrainer
     trainer = trainer_class(

@@ -247,8 +247,8 @@ def test_a_second_process_is_told_who_has_the_folder(settings, copy):
     code = f"""
 import sys
 from pathlib import Path
-from trl_steer.eval import runs
-with runs._locked(Path({str(copy.folder)!r})):
+from trl_steer import files
+with files.locked(Path({str(copy.folder)!r})):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -262,7 +262,7 @@ with runs._locked(Path({str(copy.folder)!r})):
                 runs.make(dataclasses.replace(settings, seed=1), copy.folder, overwrite=overwrite)
         assert tiny_runs.outcome(copy) == before
         other.kill()
-    with runs._locked(copy.folder):  # that of a process that is gone does not count
+    with files.locked(copy.folder):  # that of a process that is gone does not count
         assert f"process {os.getpid()} " in (copy.folder / ".lock").read_text()
 
 

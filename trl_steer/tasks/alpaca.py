@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_steer.tasks.base import Row, Task
-from trl_steer.tasks.sources import read_hub
+from trl_steer.tasks.sources import read_hub, reader_of
 from trl_steer.tasks.splits import official
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ _WITH_INPUT = (
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
-# Extension of a file name -> name of the builder in `datasets`.
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def prompt(row: Row) -> str:
@@ -65,7 +63,7 @@ def read(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"
     Raises:
         ValueError: The file cannot be read, has no rows, or lacks a column or a value.
     """
-    reader = _READERS.get(Path(dataset_path).suffix.lower())
+    reader = reader_of(dataset_path)
     if reader is None or not Path(dataset_path).is_file():
         return read_hub(dataset_path, config)
     import datasets

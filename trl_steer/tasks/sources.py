@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DATASETS_VARIABLE = "TRL_STEER_DATASETS"
 MIRROR_VARIABLE = "TRL_STEER_HUB_MIRROR"
+# Extension of a file name -> name of the builder in `datasets`.
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def resolve(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,11 @@ def from_metadata(task: str, defaults: Mapping[str, Any], metadata: Mapping[str,
     if not isinstance(for_task, Mapping):
         raise ValueError(f"--metadata: expected an object such as {dict(defaults)} for {task!r}, got {for_task!r}.")
     return {**for_all, **for_task}
+
+
+def reader_of(file: str) -> str | None:
+    """The builder in `datasets` that reads a file, by its extension, or `None`."""
+    return READERS.get(Path(file).suffix.lower())
 
 
 def read_hub(dataset_path: str, config: str | None = None) -> Mapping[str, "Dataset"]:

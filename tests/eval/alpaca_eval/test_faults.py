@@ -158,7 +158,7 @@ def test_two_processes_do_not_pay_twice(outputs, reference_folder, judge, capsys
     (outputs.parent / "judged").mkdir()
     with FileLock(outputs.parent / "judged" / ".lock"):
         assert alpaca_judging.judge(outputs, reference_folder, judge.url) == 1
-    assert "Another process" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
     assert judge.requests == 0
 
 

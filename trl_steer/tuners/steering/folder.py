@@ -164,8 +164,13 @@ def check_steering_tensors(layer_cls: Any, config: Any, tensors: Mapping[str, to
     if len(sizes) > 1:
         problems.append(f"the tensors have different hidden sizes: {sorted(sizes)}")
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"The steering tensors do not match the configuration: {'; '.join(problems[:8])}{more}.")
+        raise ValueError(f"The steering tensors do not match the configuration: {listed(problems, '; ')}.")
+
+
+def listed(problems: list[str], separator: str = "\n- ") -> str:
+    """The first eight problems, and how many more there are."""
+    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+    return separator.join([*problems[:8], *more])
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .folder import PREFIX
+from .folder import PREFIX, listed
 from .matching import text_config
 from .saving import auxiliary_keys
 
@@ -217,10 +217,9 @@ def _problem(tensor: torch.Tensor, place: torch.Tensor | None) -> str | None:
 
 def _raise_if_any(problems: list[str], adapter_name: str) -> None:
     if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError(
             f"The weights of adapter {adapter_name!r} do not match the model, so nothing was loaded:\n- "
-            + "\n- ".join(shown)
+            + listed(problems)
             + "\nCheck that the adapter was trained on this base model and that its folder is complete."
         )
 

@@ -10,6 +10,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .folder import listed
+
 _ADVICE = (
     "Save a gathered state dict: `state_dict = accelerator.get_state_dict(model)` on every process, then "
     "`save_pretrained(..., state_dict=state_dict)` on the main process. Trainers do this in `save_model`; set "
@@ -45,11 +47,9 @@ def gather_tensors(
         f"{key} {problem}" for key, tensor in gathered.items() if (problem := _problem(tensor, is_matrix(key)))
     ]
     if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError(
             f"Adapter {adapter_name!r} was not saved, because some of its tensors are sharded:\n- "
-            + "\n- ".join(shown)
-            + f"\n{_ADVICE}"
+            f"{listed(problems)}\n{_ADVICE}"
         )
     return gathered
 
