@@ -33,7 +33,8 @@ def load(model: str, adapter: str | None = None, *, dtype: Any = "auto", device:
     if adapter is not None:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+        # PEFT would read the weights onto the accelerator, whatever the device of the model.
+        loaded = PeftModel.from_pretrained(loaded, adapter, torch_device=str(loaded.device))
     return loaded.eval(), tokenizer
 
 

@@ -48,12 +48,10 @@ def fail_at_rename(number, monkeypatch, what=os.rename):
     monkeypatch.setattr(files.os, what.__name__, rename)
 
 
-def test_text_json_and_json_lines_come_back(tmp_path):
+def test_json_comes_back(tmp_path):
     file = tmp_path / "new" / "file"
     files.write_json(file, {"ä": [1, None]})
     assert files.read_json(file) == {"ä": [1, None]}
-    files.write_jsonl(file, [{"a": 1}, {"b": "ü"}])
-    assert files.read_jsonl(file) == [{"a": 1}, {"b": "ü"}]
     assert names(file.parent) == ["file"]
 
 

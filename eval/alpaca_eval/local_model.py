@@ -37,7 +37,9 @@ class Sampling:
     seed: int = 0
 
 
-def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[Any, Any, dict[str, Any]]:
+def load(
+    model: str, adapter: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
     """Loads a model as `AutoPeftModelForCausalLM` does: with the tokenizer in the adapter's folder, if there is one,
     and with embeddings resized to it.
 
@@ -59,12 +61,12 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto") -> tuple[A
         if adapter is not None or not config.base_model_name_or_path:
             raise ValueError(f"{model} is an adapter. Pass its base model as --model and a single --adapter.")
         model, adapter, revision = config.base_model_name_or_path, model, config.revision or revision
-    loaded, tokenizer = load_base(model, adapter, dtype=dtype, revision=revision)
+    loaded, tokenizer = load_base(model, adapter, dtype=dtype, device=device, revision=revision)
     tokenizer.padding_side = "left"
     parameters: dict[str, int | None] = {"base": loaded.num_parameters(), "adapter": None}
     if adapter is not None:
         base = loaded.num_parameters()
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+        loaded = PeftModel.from_pretrained(loaded, adapter, torch_device=str(loaded.device))
         parameters["adapter"] = sum(each.numel() for each in loaded.parameters()) - base
     return loaded, tokenizer, {"model": model, "adapter": adapter, "parameters": parameters}
 
@@ -89,18 +91,16 @@ class LocalModel:
         dtype: str = "auto",
         device: str | None = None,
     ):
-        import torch
         from transformers import GenerationConfig
 
         self._seed, self._pattern = sampling.seed, pattern
-        loaded, self.tokenizer, self.description = load(model, adapter, dtype)
+        loaded, self.tokenizer, self.description = load(model, adapter, dtype, device)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if prompt == CHAT and not self.tokenizer.chat_template:
             raise ValueError("--prompt chat needs a tokenizer with a chat template. Use --prompt alpaca.")
         self._is_chat = prompt != ALPACA and bool(self.tokenizer.chat_template)
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.model = loaded.to(device or found or "cpu").eval()
+        self.model = loaded.eval()
         # Only the special tokens are those of the model's generation config. Its other options, such as a repetition
         # penalty, must not change the outputs.
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig
 from peft.config import PeftConfig
@@ -54,7 +54,7 @@ class JointSteeringConfig(ModelCardMixin, LoraConfig):
             wrong type.
     """
 
-    steering: dict[str, Any] = field(
+    steering: dict[str, Any] | PostBlockSteeringConfig = field(
         default_factory=dict, metadata={"help": "Options of steering: fields of PostBlockSteeringConfig."}
     )
 
@@ -75,7 +75,9 @@ class JointSteeringConfig(ModelCardMixin, LoraConfig):
         self.steering = steering_dict(PostBlockSteeringConfig(**self.steering))
 
     @classmethod
-    def from_parts(cls, lora: LoraConfig, steering: PostBlockSteeringConfig | dict | None = None):
+    def from_parts(
+        cls, lora: LoraConfig, steering: PostBlockSteeringConfig | dict | None = None
+    ) -> JointSteeringConfig:
         """
         Creates a joint configuration from a LoRA and a steering configuration.
 
@@ -101,12 +103,13 @@ class JointSteeringConfig(ModelCardMixin, LoraConfig):
                         "in one of them, or to the same value in both."
                     )
                 values[name] = ours or theirs
-        return cls(**values, steering=cast(dict, {} if steering is None else steering))
+        return cls(**values, steering={} if steering is None else steering)
 
     def steering_config(self) -> PostBlockSteeringConfig:
         """The configuration of a steering adapter with the options in `steering`, for the same base model and task."""
         shared = {f.name: getattr(self, f.name) for f in fields(PeftConfig) if f.init and f.name != "peft_type"}
-        return PostBlockSteeringConfig(**shared, **self.steering)
+        options: Any = self.steering  # a dictionary after `__post_init__`
+        return PostBlockSteeringConfig(**shared, **options)
 
     def card_fields(self) -> dict[str, Any]:
         steering = {f"steering: {name}": value for name, value in self.steering_config().card_fields().items()}

@@ -77,7 +77,7 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
 
     @classmethod
     def update_steering_config(cls, config: JointSteeringConfig, **fields: Any) -> None:
-        config.steering.update(fields)
+        config.steering = {**vars(config)["steering"], **fields}
 
     @classmethod
     def structure(cls, config: JointSteeringConfig) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class LofitConfig(HeadSteeringConfig):
     phase: Phase = field(
         default="offset", metadata={"help": "'offset': x + s * v; 'scale': x + s * a * x, to choose heads."}
     )
-    heads: dict[int, list[int]] | None = field(
+    heads: dict[int, list[int]] | list[tuple[int, int]] | None = field(
         default=None, metadata={"help": "Heads to steer by the index of their block. Default: all heads."}
     )
     penalty_weight: float = field(
@@ -118,7 +118,7 @@ class LofitConfig(HeadSteeringConfig):
         config: Any = super().for_block(name, site)
         if self.heads is None:
             return config
-        heads = self.heads.get(block_index(name), [])
+        heads = config.heads.get(block_index(name), [])  # a dictionary, see `_select_blocks`
         num_heads = config.layout.num_heads
         if not heads or max(heads) >= num_heads:
             raise ValueError(f"heads={self.heads} names {heads} in {name}, which has heads 0 to {num_heads - 1}.")
@@ -126,7 +126,8 @@ class LofitConfig(HeadSteeringConfig):
         return config
 
     def card_fields(self):
-        fields = {"update": self.phase, "heads": None if self.heads is None else sum(map(len, self.heads.values()))}
+        heads: Any = self.heads
+        fields = {"update": self.phase, "heads": None if heads is None else sum(map(len, heads.values()))}
         return {**fields, **super().card_fields()}
 
     def _select_blocks(self, heads: dict[int, list[int]]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 _COMPILED = "_orig_mod."
 
 
-def text_config(model: nn.Module):
+def text_config(model: nn.Module) -> Any:
     """The configuration of the text decoder, or `None` if `model` does not have a transformers configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
@@ -115,7 +115,7 @@ class BlockMatcher:
                 f"modules_to_save={config.modules_to_save}. The blocks are {self._summary()}."
             )
 
-    def __call__(self, name: str):
+    def __call__(self, name: str) -> Any:
         """Truthy if `name` is a block to steer. For an excluded block, PEFT's falsy `_ExcludedModule`."""
         name = name.removeprefix(_COMPILED)
         if name not in self._known:
