@@ -216,7 +216,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import trl_steer
 messages = [str(w.message) for w in caught if "trl_steer" in str(w.message)]
-assert len(messages) == 1 and "PEFT has a method of its own called POST_BLOCK_STEERING" in messages[0], messages
+assert len(messages) == 1 and "has its own method POST_BLOCK_STEERING" in messages[0], messages
 assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.POST_BLOCK_STEERING] is TheirConfig
 assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.POST_BLOCK_STEERING] is TheirModel
 """
