@@ -158,7 +158,7 @@ def check_endpoint(endpoint: str) -> str:
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search("[@;?#]", endpoint):
-        raise ValueError("Expected a URL like http://localhost:8000/v1, without credentials, a query or a fragment.")
+        raise ValueError("--endpoint must be a URL like http://localhost:8000/v1, without credentials or a query.")
     return endpoint.rstrip("/")
 
 

@@ -80,7 +80,7 @@ def _check_gamed(path: Path, count: int) -> None:
     # The package looks up a row's difficulty by its position in this table.
     if index[:count] != list(range(count)) or set(index) != set(range(count)):
         raise ValueError(
-            f"{path} must have {', '.join(GAMED_COLUMNS)} and the {count} rows of {BASELINE} in the same order."
+            f"{path} must have the columns {', '.join(GAMED_COLUMNS)} and the rows of {BASELINE} in the same order."
         )
 
 
@@ -127,7 +127,7 @@ def read_outputs(path: Path, reference: Reference) -> Outputs:
         place = places[row["instruction"]]
         if not place:
             raise ValueError(
-                f"{where}: {row['instruction'][:60]!r} is not an instruction of the reference set, or is repeated."
+                f"{where}: instruction {row['instruction'][:60]!r} is not in the reference set, or is repeated."
             )
         # An instruction that is in the reference set twice is identified by its dataset.
         index = next((index for index in place if reference.rows[index]["dataset"] == row.get("dataset")), place[0])
