@@ -75,7 +75,7 @@ class SteeringArguments:
         default=None,
         metadata={
             "help": "Train on one of our tasks: " + ", ".join(TASKS) + ". With it, --dataset_name and "
-            "--dataset_config are for another copy of its data set (default: none)."
+            "--dataset_config are for another copy of its dataset (default: none)."
         },
     )
     task_splits: Literal["default", "steerling"] = field(
