@@ -11,10 +11,9 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_steer import JointOrthSFTConfig, JointOrthSFTTrainer, PenaltyCallback, presets
+from trl_steer import DivergenceCallback, JointOrthSFTConfig, JointOrthSFTTrainer, PenaltyCallback, presets
 from trl_steer.files import read_json, write_json
 from trl_steer.tasks import load_task
-from trl_steer.trainers.callbacks import DivergenceCallback
 
 from .console import Report
 from .runs import MARK, Settings

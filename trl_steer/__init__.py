@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # more names than are public, but with their types
 
 # Name -> module.
 _PUBLIC = {
+    "DivergenceCallback": "trl_steer.trainers",
     "JointOrthSFTConfig": "trl_steer.trainers",
     "JointOrthSFTTrainer": "trl_steer.trainers",
     "JointSteeringConfig": "trl_steer.tuners.joint_steering",

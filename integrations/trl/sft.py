@@ -146,8 +146,7 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
 
     from trl_steer.checkpoints import is_finished, newest_complete_checkpoint
     from trl_steer.integrations.trl.data import load_dataset
-    from trl_steer.trainers import JointOrthSFTTrainer
-    from trl_steer.trainers.callbacks import DivergenceCallback, PenaltyCallback
+    from trl_steer.trainers import DivergenceCallback, JointOrthSFTTrainer, PenaltyCallback
     from trl_steer.tuners.steering import adapter_penalty
 
     init = {

@@ -21,7 +21,7 @@ from scripted_models import (
     oracle,
 )
 
-from trl_steer.tasks import get_task, harness
+from trl_steer.tasks import get_task, lm_eval
 
 SYNTHETIC = "steer_listops_synthetic"
 FAST_SYNTHETIC = {"listops_synthetic": {"test": 20, "validation": 5, "train": 5, "max_tokens": 20}}
@@ -196,9 +196,9 @@ def test_dummy_model_scores_what_chance_predicts(mirror):
 
 def test_no_answer_counts_what_the_filter_could_not_read():
     docs = [{"benchmark": "gsm8k"}] * 3
-    answers = harness.read_answers("strict", [["Answer: 1,000"], ["no idea"], ["", "Answer: 5"]], docs)
+    answers = lm_eval.read_answers("strict", [["Answer: 1,000"], ["no idea"], ["", "Answer: 5"]], docs)
     assert answers == ["1000", "[invalid]", "[invalid]"]
-    assert harness.no_answer(references=["1000", "2", "5"], predictions=answers) == pytest.approx(2 / 3)
+    assert lm_eval.no_answer(references=["1000", "2", "5"], predictions=answers) == pytest.approx(2 / 3)
 
 
 def test_metadata_names_another_config_for_one_task_or_for_the_run(hub, tmp_path):
@@ -216,10 +216,10 @@ def test_metadata_names_another_config_for_one_task_or_for_the_run(hub, tmp_path
 
 def test_arguments_of_a_model_do_not_reach_the_generator_of_expressions():
     small = {"train": 4, "validation": 4, "test": 6}
-    expected = harness.documents("listops_synthetic", listops_synthetic=small)["test"].to_list()
+    expected = lm_eval.documents("listops_synthetic", listops_synthetic=small)["test"].to_list()
     of_model = {"seed": 7, "max_tokens": 20, "listops_synthetic": small}
-    assert harness.documents("listops_synthetic", **of_model)["test"].to_list() == expected
-    other = harness.documents("listops_synthetic", listops_synthetic={**small, "seed": 7})["test"].to_list()
+    assert lm_eval.documents("listops_synthetic", **of_model)["test"].to_list() == expected
+    other = lm_eval.documents("listops_synthetic", listops_synthetic={**small, "seed": 7})["test"].to_list()
     assert other != expected
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from trl_steer.tasks.harness import documents, no_answer, read_answers
+from trl_steer.tasks.lm_eval import documents, no_answer, read_answers
 
 strict, flexible, steerling = (partial(read_answers, reader) for reader in ("strict", "flexible", "steerling"))
 

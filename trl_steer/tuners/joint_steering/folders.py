@@ -157,10 +157,10 @@ def _check_lora(adapter: Adapter) -> None:
         unknown = [name for name in named if name[:2] in ("A.", "B.") and name[2:] not in ("weight", "bias")]
         if missing or unknown:
             raise ValueError(f"{module} has missing LoRA tensors {missing} or unexpected ones {unknown}.")
-        _check_rank(config, module, pair["A"], pair["B"])  # type: ignore[arg-type]
+        _check_lora_shapes(config, module, pair["A"], pair["B"])  # type: ignore[arg-type]
 
 
-def _check_rank(config: Any, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
+def _check_lora_shapes(config: Any, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
     patterns = config.rank_pattern or {}
     r = patterns.get(get_pattern_key(list(patterns), module.removeprefix(PREFIX)), config.r)
     if config.use_bdlora or config.use_qalora or config.target_parameters:  # whose matrices have other shapes

@@ -20,7 +20,7 @@ from torch import nn
 from ..post_block_steering import PostBlockSteeringConfig
 from ..steering.folder import PREFIX
 from ..steering.load_in_progress import Load
-from ..steering.matching import block_index, find_blocks, is_called
+from ..steering.matching import block_index, find_blocks, name_matches
 from ..steering.sites import linear_layers
 from ..steering.sums import check_summable, summed_config, write_sums
 from ..steering.tuner import SteeringTuner
@@ -140,7 +140,7 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
         model: Any = self.model
         targets, names = peft_config.target_modules, [name for name, _ in model.named_modules()]
         if isinstance(targets, (list, set)) and not all(
-            any(is_called(n, target) for n in names) for target in targets
+            any(name_matches(n, target) for n in names) for target in targets
         ):
             # PEFT converts the names of experts' layers, which transformers 5 has fused, for LoRA.
             lora = self._as_lora(peft_config)
@@ -190,14 +190,16 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if self.load is not None and not self._matcher(peft_config).is_block(current_key):
+        if self.current_load is not None and not self._matcher(peft_config).is_block(current_key):
             # A target parameter is not a module, so that its matrices may be in any module.
-            self._check_rank(peft_config, current_key, "" if parameter_name else f"{current_key}.", self.load)
+            self._check_file_rank(
+                peft_config, current_key, "" if parameter_name else f"{current_key}.", self.current_load
+            )
         super()._create_and_replace(
             peft_config, adapter_name, target, target_name, parent, current_key, parameter_name
         )
 
-    def _check_rank(self, config: JointSteeringConfig, target: str, place: str, load: Load) -> None:
+    def _check_file_rank(self, config: JointSteeringConfig, target: str, place: str, load: Load) -> None:
         """Checks that the file has matrices of the configured rank for a target of LoRA, before memory is allocated
         for them. In all variants of LoRA, one dimension is a multiple of the rank.
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..steering.layer import SteeringLayer
-from ..steering.matching import is_called
+from ..steering.matching import name_matches
 from ..steering.sites import BlockAnatomy
 
 
@@ -103,13 +103,13 @@ def find_pairs(
             continue
         name, anatomy = layer_name.rpartition(".")[0], layer.anatomy
         wanted = _wanted_modules(name, anatomy, modules)
-        unknown -= {m for m in unknown if any(is_called(n, m) for n in wanted)}
+        unknown -= {m for m in unknown if any(name_matches(n, m) for n in wanted)}
         lora_layers: list[Any] = [
             (anatomy.block.get_submodule(n), _gain_after(anatomy, n, adapter_name) if norms else None)
             for n in wanted
             if _has_adapter(anatomy.block.get_submodule(n), adapter_name)
         ]
-        _check_rank(name, layer, adapter_name, lora_layers)
+        _check_ranks_fit(name, layer, adapter_name, lora_layers)
         pairs.append(Pair(name, layer, lora_layers))
     if not pairs:
         raise ValueError(
@@ -143,7 +143,7 @@ def _wanted_modules(name: str, anatomy: BlockAnatomy, modules: Sequence[str] | N
         )
     else:
         linears = anatomy.residual_linear_layers()
-        wanted = [n for n in linears if any(is_called(n, m) for m in modules)]
+        wanted = [n for n in linears if any(name_matches(n, m) for m in modules)]
         if wanted:
             return wanted
         reason = (
@@ -174,7 +174,7 @@ def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
     return isinstance(module, LoraLayer) and adapter_name in module.lora_B
 
 
-def _check_rank(name: str, layer: SteeringLayer, adapter_name: str, lora_layers: list) -> None:
+def _check_ranks_fit(name: str, layer: SteeringLayer, adapter_name: str, lora_layers: list) -> None:
     rank = sum(lora.r[adapter_name] for lora, _ in lora_layers)
     steering = getattr(layer.adapters[adapter_name], "up", None)
     needed = 1 if steering is None else steering.shape[1]

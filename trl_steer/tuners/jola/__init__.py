@@ -3,9 +3,9 @@
 from trl_steer.registration import register_tuner
 
 from .config import JolaConfig
-from .layer import GatedHeadAdapter, JolaLayer
+from .layer import JolaAdapter, JolaLayer
 from .model import JolaModel
 
-__all__ = ["GatedHeadAdapter", "JolaConfig", "JolaLayer", "JolaModel"]
+__all__ = ["JolaAdapter", "JolaConfig", "JolaLayer", "JolaModel"]
 
 register_tuner(name="jola", config_cls=JolaConfig, model_cls=JolaModel)

@@ -22,7 +22,7 @@ DECAY = 0.01
 OPEN = 20.0
 
 
-class GatedHeadAdapter(HeadAdapter):
+class JolaAdapter(HeadAdapter):
     """
     `x' = x + scaling * (g2 * scale * x + g1 * offset)` for each head, see [`JolaConfig`].
 
@@ -105,7 +105,7 @@ class JolaLayer(SteeringLayer):
 
     @staticmethod
     def adapter_class(config: JolaConfig) -> type[SteeringAdapter]:
-        return GatedHeadAdapter
+        return JolaAdapter
 
 
 def gate(log_gate: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from trl_steer.registration import register_tuner
 
 from .config import HeadLayout, HeadSteeringConfig, LofitConfig
-from .layer import HeadAdapter, LofitLayer, OffsetAdapter, ScaleAdapter
+from .layer import HeadAdapter, LofitLayer, LofitOffsetAdapter, LofitScaleAdapter
 from .model import LofitModel
 from .selection import top_heads
 
@@ -14,8 +14,8 @@ __all__ = [
     "LofitConfig",
     "LofitLayer",
     "LofitModel",
-    "OffsetAdapter",
-    "ScaleAdapter",
+    "LofitOffsetAdapter",
+    "LofitScaleAdapter",
     "top_heads",
 ]
 

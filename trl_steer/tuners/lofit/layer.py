@@ -85,7 +85,7 @@ class HeadAdapter(SteeringAdapter):
         return None if a is None else a.double(), None if v is None else v.double()
 
 
-class OffsetAdapter(HeadAdapter):
+class LofitOffsetAdapter(HeadAdapter):
     """
     `x' = x + scaling * offset` for each head.
 
@@ -117,7 +117,7 @@ class OffsetAdapter(HeadAdapter):
         self.write_rows(self.offset, parts, which=1)
 
 
-class ScaleAdapter(HeadAdapter):
+class LofitScaleAdapter(HeadAdapter):
     """
     `x' = x + scaling * scale * x` for each head, with the penalty `penalty_weight * sum |scale|`.
 
@@ -148,7 +148,7 @@ class ScaleAdapter(HeadAdapter):
     def penalty(self, progress: TrainingProgress) -> torch.Tensor:
         return self.penalty_weight * self.scale.abs().sum()
 
-    summed_fields = staticmethod(OffsetAdapter.summed_fields)
+    summed_fields = staticmethod(LofitOffsetAdapter.summed_fields)
 
     @torch.no_grad()
     def write_sum(self, parts: Sequence[tuple[float, Any]]) -> None:
@@ -162,7 +162,7 @@ class LofitLayer(SteeringLayer):
 
     @staticmethod
     def adapter_class(config: LofitConfig) -> type[SteeringAdapter]:
-        return OffsetAdapter if config.phase == "offset" else ScaleAdapter
+        return LofitOffsetAdapter if config.phase == "offset" else LofitScaleAdapter
 
 
 def layout_of(config: Any, width: int) -> HeadLayout:

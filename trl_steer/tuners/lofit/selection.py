@@ -7,7 +7,7 @@ from torch import nn
 
 from ..steering.config import is_integer
 from ..steering.matching import block_index
-from .layer import LofitLayer, ScaleAdapter
+from .layer import LofitLayer, LofitScaleAdapter
 
 # Of all heads, by default.
 SHARE = 0.1
@@ -33,7 +33,7 @@ def top_heads(model: nn.Module, adapter_name: str = "default", k: int | None = N
     norms: dict[tuple[int, int], float] = {}
     for name, layer in model.named_modules():
         adapter = layer.adapters._modules.get(adapter_name) if isinstance(layer, LofitLayer) else None
-        if not isinstance(adapter, ScaleAdapter):
+        if not isinstance(adapter, LofitScaleAdapter):
             continue
         block = block_index(name.removesuffix(f".{layer.layer_name}"))
         heads = range(adapter.num_heads) if adapter.index is None else adapter.index.tolist()

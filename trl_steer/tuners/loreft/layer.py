@@ -77,7 +77,7 @@ class LoReftAdapter(SteeringAdapter):
         return {"rotation": matrix, "weight": matrix, "bias": (*parts, config.r)}
 
     @staticmethod
-    def problem_of(name: str, tensor: torch.Tensor) -> str | None:
+    def find_problem(name: str, tensor: torch.Tensor) -> str | None:
         if name != "rotation" or _is_orthonormal(tensor, 1e-3):
             return None
         distance = _distance_from_orthonormal(tensor)

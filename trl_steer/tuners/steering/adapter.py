@@ -127,7 +127,7 @@ class SteeringAdapter(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def problem_of(name: str, tensor: torch.Tensor) -> str | None:
+    def find_problem(name: str, tensor: torch.Tensor) -> str | None:
         """What is wrong with the values of a tensor to be loaded, beyond shape and finiteness; `None` if nothing."""
         return None
 

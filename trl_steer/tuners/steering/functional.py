@@ -29,8 +29,8 @@ def set_scaling(model: nn.Module, adapter_name: str, value: float) -> None:
         model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
         adapter_name (`str`): The name of the adapter.
         value (`float`):
-            The new scaling, any finite number. 0 gives the base model, 1 the update as trained, a negative number
-            steers in the opposite direction.
+            The new scaling, any finite number. 0 switches the steering update off (other parts of the adapter stay
+            active), 1 is the update as trained, a negative number reverses it.
 
     Raises:
         ValueError: There is no such adapter, it is merged, or `value` is not finite.
@@ -79,7 +79,13 @@ def adapter_scaling(model: nn.Module, adapter_name: str, value: float) -> Iterat
         SCALING_STACK.remove(entry)
 
 
-def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default", **kwargs) -> None:
+def hotswap_adapter(
+    model: Any,
+    model_name_or_path: str | Path,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
     """
     Replaces the weights of a loaded adapter with those of another folder, in place, so that compiled code stays valid.
     Also resets the adapter's scaling and dropout to those of the folder. An enclosing [`adapter_scaling`] context
@@ -87,8 +93,9 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
 
     Args:
         model (`nn.Module`): A `PeftModel`, or a model with injected adapters.
-        path (`str` or `Path`): Adapter folder or Hub id.
+        model_name_or_path (`str` or `Path`): Adapter folder or Hub id.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter to replace.
+        torch_device (`str`, *optional*): The device to read the weights onto. Default: that of the adapter.
         kwargs: Options for the download of the folder (`subfolder`, `revision`, `token`, ...).
 
     Raises:
@@ -108,14 +115,14 @@ def hotswap_adapter(model: Any, path: str | Path, adapter_name: str = "default",
         )
     tuner_class = _tuner_class(current)
     try:
-        folder = AdapterFolder.open(path, **kwargs)
+        folder = AdapterFolder.open(model_name_or_path, **kwargs)
         new, tensors = folder.config, folder.tensors()
         _check_same_structure(tuner_class, current, new)
         check_base_model_type(new, model, tuner_class.steering_config(new).base_model_type)
         tuner_class.check_tensors(model, current, adapter_name, tensors)
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"Adapter {adapter_name!r} cannot be replaced by {path}: {error}") from error
-    device = next(adapters[0].parameters()).device
+        raise ValueError(f"Adapter {adapter_name!r} cannot be replaced by {model_name_or_path}: {error}") from error
+    device = torch_device or next(adapters[0].parameters()).device
     set_peft_model_state_dict(model, {key: tensor.to(device) for key, tensor in tensors.items()}, adapter_name)
     steering = tuner_class.steering_config(new)
     settings = {field: getattr(steering, field) for field in adapters[0].setting_fields}

@@ -68,7 +68,7 @@ def check_adapter_tensors(
     tensors: dict[str, torch.Tensor],
     read: Mapping[str, torch.Tensor],
     biases: Collection[str] = (),
-    problem_of: Callable[[str, torch.Tensor], str | None] = lambda key, tensor: None,
+    find_problem: Callable[[str, torch.Tensor], str | None] = lambda key, tensor: None,
 ) -> None:
     """Checks that `tensors` has all tensors of the adapter and no others, and that their values are finite.
 
@@ -80,7 +80,7 @@ def check_adapter_tensors(
         tensors (`dict[str, torch.Tensor]`): The tensors of the file by the keys of `model.state_dict()`.
         read (`Mapping[str, torch.Tensor]`): The same tensors by their keys in the file.
         biases (`Collection[str]`): Keys of the base model's biases that were trained with the adapter.
-        problem_of (`Callable`): Says what is wrong with the values of the tensor with a key.
+        find_problem (`Callable`): Says what is wrong with the values of the tensor with a key.
 
     Raises:
         ValueError: Tensors are missing, unexpected, of the wrong shape, not floating point, not finite, or have values
@@ -98,7 +98,7 @@ def check_adapter_tensors(
         _missing(_file_key(key, adapter_name), parameter) for key, parameter in required.items() if key not in tensors
     ]
     for key, tensor in tensors.items():
-        problem = _problem(tensor, places.get(key)) or problem_of(key, tensor)
+        problem = _problem(tensor, places.get(key)) or find_problem(key, tensor)
         if problem:
             problems.append(f"{_file_key(key, adapter_name)} {problem}")
     if len(tensors) < len(read):  # two keys of the file are for the same parameter

@@ -140,7 +140,9 @@ class BlockMatcher:
         expanded = []
         for wanted in names:
             matches = [
-                block for block in self.blocks if any(is_called(n, wanted) for n in (block, block.rpartition(".")[0]))
+                block
+                for block in self.blocks
+                if any(name_matches(n, wanted) for n in (block, block.rpartition(".")[0]))
             ]
             if not matches:
                 raise ValueError(f"There is no block {wanted!r}. The blocks are {self._summary()}.")
@@ -161,7 +163,7 @@ class BlockMatcher:
         return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]]) or "none"
 
 
-def is_called(name: str, wanted: str) -> bool:
+def name_matches(name: str, wanted: str) -> bool:
     """Whether a module's full name is `wanted` or ends in it."""
     return name == wanted or name.endswith(f".{wanted}")
 

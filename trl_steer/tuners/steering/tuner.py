@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .calls import CallsMixin
 from .config import SteeringConfig
 from .folder import PREFIX
+from .forward import ForwardMixin
 from .functional import adapter_scaling, set_scaling
 from .layer import SteeringLayer
 from .load_in_progress import Load
@@ -35,18 +35,18 @@ from .prompts import unwatch, watch
 from .saving import check_tensor_names, gather_auxiliary_tensors, gather_tensors
 
 
-class SteeringTuner(CallsMixin):
+class SteeringTuner(ForwardMixin):
     """
     Mixin that steers blocks. In the list of base classes, it comes before the tuner that handles all other targets,
     which it calls by `super()`.
 
     Attributes:
         steering_layer_cls (`type[SteeringLayer]`): The layer class of this tuner.
-        load ([`Load`], *optional*): During an injection, the load that it is part of.
+        current_load ([`Load`], *optional*): During an injection, the load that it is part of.
     """
 
     steering_layer_cls: type[SteeringLayer]
-    load: Load | None = None
+    current_load: Load | None = None
     model: nn.Module
     peft_config: dict[str, Any]
 
@@ -88,8 +88,8 @@ class SteeringTuner(CallsMixin):
         check_hidden_size(model)
         self._matchers.clear()
         self._matcher(peft_config)
-        if self.load is not None:
-            self._check_header(peft_config, self.load)
+        if self.current_load is not None:
+            self._check_header(peft_config, self.current_load)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         steered = self._matcher(peft_config)(key)
@@ -131,13 +131,13 @@ class SteeringTuner(CallsMixin):
             marker = f".{self.steering_layer_cls.layer_name}.{self.prefix}"
             state_dict = {k.removeprefix(PREFIX).replace(marker, f".{self.prefix}"): t for k, t in state_dict.items()}
         with restored_on_failure(self, adapter_name, self._modified_base_weights(config)):
-            self.load = Load.in_progress()
-            if self.load is not None:
+            self.current_load = Load.in_progress()
+            if self.current_load is not None:
                 check_base_model_type(config, model, self.steering_config(config).base_model_type)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            if self.load is not None:
-                self.check_tensors(model, config, adapter_name, self.load.tensors())
-            self.load = None
+            if self.current_load is not None:
+                self.check_tensors(model, config, adapter_name, self.current_load.tensors())
+            self.current_load = None
             if self.steering_config(config).positions != ALL:
                 watch(model)
         self.update_steering_config(config, base_model_type=getattr(text_config(model), "model_type", None))
@@ -221,10 +221,10 @@ class SteeringTuner(CallsMixin):
         steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
         adapter_class, container = layer_cls.adapter_class(steering), f".{layer_cls.layer_name}."
 
-        def problem_of(key: str, tensor: torch.Tensor) -> str | None:
-            return adapter_class.problem_of(key.rpartition(".")[2], tensor) if container in key else None
+        def find_problem(key: str, tensor: torch.Tensor) -> str | None:
+            return adapter_class.find_problem(key.rpartition(".")[2], tensor) if container in key else None
 
-        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases, problem_of)
+        check_adapter_tensors(model, adapter_name, tensors, state_dict, biases, find_problem)
         keep_until_dispatched(model, adapter_name, tensors)
         return tensors
 

@@ -12,7 +12,7 @@ from .prompts import generation, is_watched
 from .rows import adapters_by_row
 
 
-class CallsMixin(BaseTuner):
+class ForwardMixin(BaseTuner):
     """The part of a tuner that PEFT calls in forward passes and in `generate`."""
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
