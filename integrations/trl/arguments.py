@@ -208,7 +208,7 @@ def _check_site_and_positions(request: Request) -> None:
     for name in ("packing", "padding_free"):
         if name in given and _bool(name, given[name]):
             raise ArgumentError(
-                f"--positions {positions} cannot be used with --{name}, whose rows have no one prompt."
+                f"--positions {positions} cannot be used with --{name}, whose rows contain several prompts."
             )
 
 

@@ -106,7 +106,7 @@ def parse(request: Request, argv: Sequence[str]) -> tuple[tuple, list[str]]:
             raise ArgumentError(message)  # argparse would print hundreds of lines of usage
 
     parser = Parser(types)
-    parser.set_defaults(**request.settings().values, **_device(request))
+    parser.set_defaults(**{**request.settings().values, **_device(request)})
     if request.ours.task and "dataset_test_split" not in request.given:
         parser.set_defaults(dataset_test_split="validation")
     if request.shows_traceback:
@@ -147,7 +147,6 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     from trl_steer.checkpoints import is_finished, newest_complete_checkpoint
     from trl_steer.integrations.trl.data import load_dataset
     from trl_steer.trainers import DivergenceCallback, JointOrthSFTTrainer, PenaltyCallback
-    from trl_steer.tuners.steering import adapter_penalty
 
     init = {
         "revision": model_args.model_revision,
@@ -161,7 +160,9 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     dataset = load_dataset(request.ours, script_args, training_args, dataset_args, model_args.model_name_or_path)
     adapter = peft_config(request, model_args)
     checkpoint = training_args.resume_from_checkpoint
-    if str(checkpoint).lower() in ("true", "1"):
+    if str(checkpoint).lower() in ("false", "0", "no"):
+        checkpoint = None
+    elif str(checkpoint).lower() in ("true", "1", "yes"):
         newest = newest_complete_checkpoint(training_args.output_dir)
         checkpoint = newest and str(newest)
     finished = checkpoint is not None and is_finished(checkpoint, training_args)
@@ -173,16 +174,14 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=adapter,
-        callbacks=[DivergenceCallback()],
+        callbacks=[DivergenceCallback(), PenaltyCallback()],
     )
-    model: Any = trainer.model
-    if adapter_penalty(model) is not None:
-        trainer.add_callback(PenaltyCallback())
     trainable, total = _parameters(trainer.model)
     trainer.accelerator.print(f"{METHODS[request.ours.method]}: training {trainable:,} of {total:,} parameters.")
     if not finished:
         trainer.train(resume_from_checkpoint=checkpoint)
     elif adapter is not None:
+        model: Any = trainer.model
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")

@@ -251,3 +251,11 @@ def test_every_json_line_is_checked(tmp_path):
     argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", "some/model"]
     with pytest.raises(ArgumentError, match="line 2001"):
         check_paths(read(argv).given)
+
+
+@pytest.mark.parametrize("method", presets.METHODS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_preset_parses_without_a_device(preset, method, tmp_path):
+    argv = ["--preset", preset, "--method", method, "--task", "alpaca", "--output_dir", str(tmp_path)]
+    (_, training_args, *_), _ = sft.parse(read(argv), argv)
+    assert training_args.use_cpu or training_args.n_gpu

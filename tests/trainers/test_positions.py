@@ -39,7 +39,7 @@ def test_sft_on_prompts_and_completions_edits_the_prompt(kind, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_name", ["dpo", "kto", "grpo", "rloo"])
-def test_other_trainers_find_the_prompt_from_labels_or_logits_to_keep(trainer_name, tmp_path):
+def test_other_trainers_find_the_prompt_from_labels(trainer_name, tmp_path):
     trainer = make_trainer(trainer_name, tmp_path, peft_config=CONFIGS["loreft"]())
     before = snapshot(trainer.model)
     trainer.train()

@@ -190,7 +190,7 @@ def test_a_conversation_that_goes_on_with_its_cache_is_edited_in_its_new_prompt_
     model, inputs = steer(tiny_model(), "vector", positions="last_prompt", scaling=20.0), prompts("left")
     ids = inputs["input_ids"][:1]
     with torch.no_grad():
-        first = model(ids[:, :5], use_cache=True)
+        first = model(ids[:, :5], attention_mask=torch.ones_like(ids[:, :5]), use_cache=True)
         assert first.past_key_values.get_seq_length() == 5
         text = model.generate(
             ids, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False, pad_token_id=PAD
@@ -328,9 +328,86 @@ def test_the_decoder_alone_cannot_be_called():
         model.base_model.model.model(**tiny_inputs())
 
 
-def test_trls_logits_to_keep_says_where_the_completion_begins():
-    base, model = tiny_model(), steer(tiny_model(), "vector", positions="last_prompt").train()
-    assert edited_tokens(model, base, tiny_inputs(), logits_to_keep=4) == [[3], [3]]
+@torch.no_grad()
+def test_an_unknown_prompt_in_evaluation_raises():
+    model = steer(tiny_model(), "vector", positions="last_prompt")
+    ids = tiny_inputs()["input_ids"]
+    for options in ({}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="the prompt is unknown"):
+            model(ids, **options)
+
+
+@torch.no_grad()
+def test_what_follows_the_first_pass_of_a_cache_is_not_edited():
+    base, model = tiny_model(), steer(tiny_model(), "vector", positions="last_prompt")
+    ids = tiny_inputs(length=9)["input_ids"]
+    states = []
+    for one in (base, model):
+        with model.disable_adapter():
+            cache = one(ids[:, :3], attention_mask=torch.ones_like(ids[:, :3]), use_cache=True).past_key_values
+        states.append(one(ids[:, 3:], past_key_values=cache, output_hidden_states=True).hidden_states[1])
+    assert torch.equal(*states)
+
+
+@torch.no_grad()
+def test_another_steered_model_inside_generate_has_a_prompt_of_its_own():
+    base, model, other = tiny_model(), *(steer(tiny_model(), "vector", positions="last_prompt") for _ in range(2))
+    edited = []
+
+    def call_other(ids, scores):
+        edited.append(edited_tokens(other, base, tiny_inputs(rows=2, length=5)))
+        return scores
+
+    model.generate(**tiny_inputs(rows=3), max_new_tokens=2, logits_processor=[call_other], pad_token_id=PAD)
+    assert edited == [[[4], [4]]] * 2
+
+
+@torch.no_grad()
+def test_the_unconditional_branch_of_guidance_is_edited_in_its_own_prompt():
+    model, inputs = steer(tiny_model(), "vector", positions="last_prompt", scaling=5.0), tiny_inputs(rows=1, length=4)
+    negative = tiny_inputs(rows=1, length=7, seed=3)["input_ids"]
+    seen = []
+    layers_of(model)[0].adapters["default"].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    options = {"guidance_scale": 1.5, "negative_prompt_ids": negative, "max_new_tokens": 4, "pad_token_id": PAD}
+    model.generate(**inputs, **options, do_sample=False)
+    assert sum(seen) == 2  # one token of each prompt
+
+
+def test_an_interrupted_forward_pass_leaves_no_prompt_behind():
+    model, batch = steer(tiny_model(), "pre_mlp-low_rank", positions="f2+l2"), completion_batch()
+    expected = gradients(copy.deepcopy(model), {"use_reentrant": True}, [batch])
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = model.base_model.model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**other_batch())
+    handle.remove()
+    for name, gradient in gradients(model, {"use_reentrant": True}, [batch]).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_padding_is_found_without_a_mask_under_a_static_cache(family):
+    inputs = prompts("left")
+    model = steer(
+        tiny_model(family, **({"sliding_window": 4} if family == "mistral" else {})), "low_rank", positions="f2+l2"
+    )
+    expected = generate(model, inputs)
+    found = generate(model, {"input_ids": inputs["input_ids"]}, cache_implementation="static")
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_an_adapter_added_to_a_compiled_model_is_run():
+    model, inputs = steer(tiny_model(), "low_rank", positions="f2+l2"), tiny_inputs()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, logits(model, inputs))
+    steer(model, "low_rank", adapter_name="other", positions="last_prompt", seed=4)
+    model.set_adapter("other")
+    torch.testing.assert_close(compiled(**inputs).logits, logits(model, inputs))
 
 
 @pytest.mark.parametrize("positions", ["", "last", "f7", "f7+l6", "f0+l0", "p7+s7", 7])

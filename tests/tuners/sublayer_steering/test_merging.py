@@ -304,3 +304,19 @@ def test_a_model_that_sets_no_limit_to_its_positions_is_looked_at_and_refused():
     model = steer(base, "vector")
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "merges"), [("llama", True), ("gemma3", False)])
+def test_outliers_in_the_residual_stream_do_not_hide_a_wrong_merge(family, merges, dtype):
+    """As real models have them, hundreds of times the other entries: rounding there is no measure for the others."""
+    base = tiny_model(family, dtype=dtype)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[:, 0] = 500.0
+    model = steer(base, "post_mlp-low_rank")
+    if merges:
+        model.merge_adapter()
+        assert all(layer.merged_adapters for layer in layers_of(model))
+    else:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            model.merge_adapter()

@@ -24,7 +24,7 @@ class ForwardMixin(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any):
         """Like the method of the model. The inputs are the prompt in all of its forward passes."""
-        with generation(args, kwargs) if is_watched(self.model) else nullcontext():
+        with generation(self.model, args, kwargs) if is_watched(self.model) else nullcontext():
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager

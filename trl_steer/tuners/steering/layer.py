@@ -152,9 +152,9 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: None runs.
         """
-        prompt = current_prompt()
-        if prompt is None and torch._C._current_graph_task_id() != -1:
-            prompt = self._prompt  # gradient checkpointing runs the block again, in the backward pass
+        # In the backward pass, gradient checkpointing runs the block again.
+        is_backward = torch._C._current_graph_task_id() != -1
+        prompt = self._prompt if is_backward else current_prompt()
         if prompt is None:
             raise RuntimeError(
                 "The adapter edits some tokens of the prompt, and where the prompt is follows from how the model is "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -66,25 +66,36 @@ class _Generation:
     A call of `generate`. All of its forward passes have the same prompt.
 
     Args:
+        model (`nn.Module`): The model.
         args (`tuple`), kwargs (`Mapping`): The arguments of `generate`.
     """
 
-    def __init__(self, args: tuple, kwargs: Mapping[str, Any]):
+    def __init__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]):
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         tokens = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        self.model = model
         self.attention_mask = kwargs.get("attention_mask")
+        if self.attention_mask is None and tokens is not None and tokens.dim() == 2:
+            self.attention_mask = _guessed_mask(model, tokens, kwargs)
         # With a cache from an earlier call, the tokens may be only the new ones, while the mask is for all.
         shapes = [value.shape for value in (tokens, self.attention_mask) if value is not None]
         self.length = max((shape[1] for shape in shapes), default=1)
-        self._computed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._cache: ref | None = None
+        self._computed = 0
+
+    def is_for(self, cache: Any) -> bool:
+        """Whether a cache is the one of this prompt, and not for example that of the unconditional branch of
+        classifier-free guidance."""
+        return cache is None or self._cache is None or self._cache() is cache
 
     def prompt(self, tokens: torch.Tensor, attention_mask: Any, cache: Any) -> Prompt:
         batch, length = tokens.shape[:2]
         start = 0
         if cache is not None:
-            start = self._computed.get(cache, -1)
-            start = int(cache.get_seq_length()) if start < 0 else start
-            self._computed[cache] = start + length
+            if self._cache is None:
+                self._cache, self._computed = ref(cache), _cached_tokens(cache)
+            start = self._computed
+            self._computed += length
         if start >= self.length:
             return Prompt(tokens.new_ones((batch, 0), dtype=torch.bool), start, length)
         real = _real_tokens(attention_mask, batch, min(self.length, start + length), tokens.device)
@@ -95,8 +106,27 @@ class _Generation:
         return Prompt(real, start, length)
 
 
+def _guessed_mask(model: nn.Module, tokens: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The mask that `generate` infers from padding tokens if it is called without one, or `None` for all tokens."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+
+    def option(name: str) -> Any:
+        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in given if value is not None), None)
+
+    pad, end = option("pad_token_id"), option("eos_token_id")
+    return None if pad is None or pad in (end if isinstance(end, list) else [end]) else tokens != pad
+
+
+def _cached_tokens(cache: Any) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, TypeError, ValueError):  # of a recurrent model, which has no tokens in its cache
+        return 0
+
+
 # An error is stored in place of a prompt, and raised when the prompt is needed: perhaps no adapter is active.
-_PROMPTS: ContextStack[Prompt | ValueError] = ContextStack("steering_prompt")
+_PROMPTS: ContextStack[tuple[nn.Module, Prompt | ValueError]] = ContextStack("steering_prompt")
 _GENERATIONS: ContextStack[_Generation] = ContextStack("steering_generation")
 # Prompts by cache, for a `generate` that was not called through a tuner.
 _CACHED: WeakKeyDictionary[Any, _Generation] = WeakKeyDictionary()
@@ -108,16 +138,16 @@ def current_prompt() -> Prompt | None:
     Raises:
         ValueError: The prompt could not be found, see [`prompt_in_call`].
     """
-    prompt = next(iter(_PROMPTS), None)
+    _, prompt = next(iter(_PROMPTS), (None, None))
     if isinstance(prompt, ValueError):
         raise prompt
     return prompt
 
 
 @contextmanager
-def generation(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Context manager for a call of `generate` with these arguments. Its inputs are the prompt."""
-    entry = _GENERATIONS.push(_Generation(args, kwargs))
+def generation(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Context manager for a call of the model's `generate` with these arguments. Its inputs are the prompt."""
+    entry = _GENERATIONS.push(_Generation(model, args, kwargs))
     try:
         yield
     finally:
@@ -127,6 +157,8 @@ def generation(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
 def watch(model: nn.Module) -> None:
     """Adds hooks to a model that find the prompt in each call."""
     if not is_watched(model):
+        # Without guards on hooks, code compiled for one block would run for another whose hooks differ.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         model.register_forward_pre_hook(_before, prepend=True, with_kwargs=True)
         model.register_forward_hook(_after, always_call=True)
 
@@ -148,17 +180,22 @@ def unwatch(model: nn.Module) -> None:
 @torch.compiler.disable  # torch.compile cannot trace context variables
 def _before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     kwargs = dict(kwargs)
+    _close(model)  # after Ctrl-C, which skips `_after`
     try:
-        _PROMPTS.push(prompt_in_call(model, args, kwargs))
+        _PROMPTS.push((model, prompt_in_call(model, args, kwargs)))
     except ValueError as error:
-        _PROMPTS.push(error)
+        _PROMPTS.push((model, error))
     return args, kwargs
 
 
 @torch.compiler.disable
 def _after(model: nn.Module, args: tuple, output: Any) -> None:
+    _close(model)
+
+
+def _close(model: nn.Module) -> None:
     entry = _PROMPTS.innermost()
-    if entry is not None:
+    if entry is not None and entry.value is not None and entry.value[0] is model:
         _PROMPTS.remove(entry)
 
 
@@ -170,12 +207,14 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
     - inside `generate`, its inputs;
     - `completion_mask` (batch, sequence), which is removed from `kwargs`: the tokens before the completion;
     - `labels`: the tokens before the first one that is not -100;
-    - `logits_to_keep` of at least two, as in TRL's GRPO and RLOO trainers: the tokens before the completion;
     - a cache: the tokens of its first forward pass;
-    - in evaluation mode, the whole input.
+    - in evaluation mode, the whole input, if it comes with an `attention_mask`.
+
+    `generate` is only seen if it is called on a `PeftModel`. Called on the model itself it needs a cache, and the
+    whole prompt in one pass.
 
     Raises:
-        ValueError: In training, the prompt is unknown, a row has none, or a row has several sequences.
+        ValueError: The prompt is unknown, a row has none, or a row has several sequences.
     """
     tokens = next(
         (t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]) if isinstance(t, torch.Tensor)),
@@ -186,8 +225,8 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
     attention_mask = kwargs.get("attention_mask")
     completion_mask = kwargs.pop("completion_mask", None)
     cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-    running = next(iter(_GENERATIONS), None)
-    if running is not None:
+    running = next((generation for generation in _GENERATIONS if generation.model is model), None)
+    if running is not None and running.is_for(cache):
         return running.prompt(tokens, attention_mask, cache)
     batch, length = tokens.shape[:2]
     real = _real_tokens(attention_mask, batch, length, tokens.device)
@@ -195,11 +234,14 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
     completion = _completion(completion_mask, kwargs, (batch, length))
     if completion is not None:
         return Prompt(_before_completion(real, completion.to(real.device)), 0, length)
-    if model.training:
+    # Without any of these it could be one of several passes of `generate`, or padded text of lm-eval.
+    is_known = cache is not None or (attention_mask is not None and kwargs.get("use_cache") is not False)
+    if model.training or not is_known:
         raise ValueError(
             "An adapter edits only some tokens of the prompt, but the prompt is unknown. Train on prompts and "
-            "completions (TRL sets the labels of prompt tokens to -100), call the model with `labels` or "
-            "`completion_mask`, or use positions='all'."
+            "completions (TRL sets the labels of prompt tokens to -100, without label smoothing), call the model with "
+            "`labels`, `completion_mask` or, for a prompt alone, `attention_mask`, call `generate` of the PeftModel, "
+            "or use positions='all'."
         )
     if cache is None:
         logger.warning_once(
@@ -207,8 +249,10 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
             "`generate`. The whole input is used as the prompt."
         )
         return Prompt(real, 0, length)
-    if cache not in _CACHED or cache.get_seq_length() == 0:
-        _CACHED[cache] = _Generation((tokens,), {})
+    if cache not in _CACHED:
+        # What a cache was filled with before was not edited, and what comes after it is not either.
+        first = tokens if _cached_tokens(cache) == 0 else tokens[:, :0]
+        _CACHED[cache] = _Generation(model, (first,), {"attention_mask": None})
     return _CACHED[cache].prompt(tokens, attention_mask, cache)
 
 
@@ -216,12 +260,8 @@ def _completion(completion_mask: Any, kwargs: Mapping[str, Any], shape: tuple[in
     """Which tokens belong to the completion, or `None` if unknown."""
     if completion_mask is not None:
         return completion_mask.bool()
-    labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep")
-    if isinstance(labels, torch.Tensor) and labels.shape == shape:
-        return labels != -100
-    if isinstance(kept, int) and 1 < kept <= shape[1]:
-        return torch.arange(shape[1]).expand(shape) > shape[1] - kept  # one logit more than there are tokens
-    return None
+    labels = kwargs.get("labels")
+    return labels != -100 if isinstance(labels, torch.Tensor) and labels.shape == shape else None
 
 
 def _before_completion(real: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
