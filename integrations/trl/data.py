@@ -69,7 +69,16 @@ def load_task_rows(ours: SteeringArguments, dataset_path: str | None, config: st
 
 
 def without_end_token(row: dict, tokenizer: Any) -> dict[str, list[int]]:
-    """A prompt-completion example in TRL's tokenized format, without the EOS token that TRL would add."""
+    """A prompt-completion example in TRL's tokenized format, without the EOS token that TRL would add.
+
+    Raises:
+        ArgumentError: The row is not a prompt and a completion of text.
+    """
+    if not (isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)):
+        raise ArgumentError(
+            f"--train_end_token false needs rows with `prompt` and `completion` as text, got {', '.join(row)}"
+            f"{' as messages' if 'prompt' in row else ''}. Pass --train_end_token true."
+        )
     prompt = tokenizer(row["prompt"])["input_ids"]
     ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
     if tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id:

@@ -195,3 +195,11 @@ def test_fields_that_cannot_be_are_refused(fields, message):
 def test_a_rank_above_the_width_is_refused():
     with pytest.raises(ValueError, match="r=40 is more than the 32 dimensions"):
         get_peft_model(tiny_model(), LoReftConfig(r=40))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_rotation_that_diverged_gives_no_linear_algebra_error(value):
+    adapter = new_adapter()
+    with torch.no_grad():
+        adapter._parameters["rotation"].fill_(value)
+    assert not adapter(torch.randn(3, WIDTH, dtype=torch.float64)).isfinite().all()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model_zoo import EOS, PAD, VOCAB_SIZE, tiny_inputs, tiny_model
 from peft import PeftModel
 from steering_cases import adapters_of, layers_of, logits, steer, steering_config, update_of
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StaticCache
 
 from trl_steer import PostBlockSteeringConfig
 
@@ -347,6 +347,16 @@ def test_what_follows_the_first_pass_of_a_cache_is_not_edited():
             cache = one(ids[:, :3], attention_mask=torch.ones_like(ids[:, :3]), use_cache=True).past_key_values
         states.append(one(ids[:, 3:], past_key_values=cache, output_hidden_states=True).hidden_states[1])
     assert torch.equal(*states)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_reset_starts_a_new_prompt():
+    base, model = tiny_model(), steer(tiny_model(), "vector", positions="last_prompt")
+    cache = StaticCache(base.config, max_cache_len=12)
+    for ids in (tiny_inputs(length=5)["input_ids"], tiny_inputs(length=4, seed=2)["input_ids"]):
+        cache.reset()
+        expected = logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -320,3 +320,11 @@ def test_outliers_in_the_residual_stream_do_not_hide_a_wrong_merge(family, merge
     else:
         with pytest.raises(ValueError, match="cannot be merged"):
             model.merge_adapter()
+
+
+def test_an_adapter_with_positions_in_other_blocks_does_not_hinder_a_merge():
+    model = steer(tiny_model(), "post_mlp-low_rank", layers_to_transform=[0, 1])
+    steer(model, "post_mlp-low_rank", adapter_name="other", layers_to_transform=[2], positions="last_prompt")
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter(["default"])
+    assert layers_of(model)[0].merged_adapters == ["default"]

@@ -136,8 +136,9 @@ class LoReftAdapter(SteeringAdapter):
         parameter = self._unconstrained
         if self._is_sharded() or parameter.is_meta or _is_orthonormal(parameter):
             return  # a shard, or a gathered copy; before it is loaded, it can be anything
-        if torch.linalg.matrix_rank(_double(parameter)).min() == parameter.shape[-2]:
-            parameter.copy_(orthonormal_rows(parameter))
+        rows = orthonormal_rows(parameter)
+        if rows.isfinite().all():
+            parameter.copy_(rows)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         if self.activation is not None:
@@ -151,7 +152,8 @@ def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
     """Orthonormalizes the rows of a matrix (..., r, d) from first to last: `L^-1 M`, where `L` (r, r) is the Cholesky
     factor of `M M^T`. Computes in float64, and never forms a matrix of size d x d."""
     wide = _double(matrix)
-    factor = torch.linalg.cholesky(wide @ wide.mT)
+    # Without an error: after a divergence the loss becomes NaN, which is reported better.
+    factor, _ = torch.linalg.cholesky_ex(wide @ wide.mT)
     return torch.linalg.solve_triangular(factor, wide, upper=False).to(matrix.dtype)
 
 

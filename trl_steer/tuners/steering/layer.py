@@ -168,11 +168,11 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         have been others in between."""
         prompt = self._prompt
 
-        def put_back(gradient: torch.Tensor) -> None:
+        def restore_prompt(gradient: torch.Tensor) -> None:
             self._prompt = prompt
 
         if output.requires_grad:
-            output.register_hook(put_back)
+            output.register_hook(restore_prompt)
 
     def _check_merged_beside(self, name: str, adapter: Any) -> None:
         """Active adapters must get the same hidden state. Next to a merged one, this only works for offsets."""

@@ -77,7 +77,7 @@ def merge(tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool =
     with _restored_merges_on_failure(layers.values(), done):
         for layer in layers.values():
             unmerge(layer)
-        with adapters_disabled(tuner.model, layers):
+        with adapters_disabled(tuner.model, dict(tuner.named_steering_layers())):
             calls = record_block_calls(tuner.model, layers)
             for name, layer in layers.items():
                 for site_name, update in updates[name].items():

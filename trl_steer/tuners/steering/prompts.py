@@ -93,7 +93,7 @@ class _Generation:
         start = 0
         if cache is not None:
             if self._cache is None:
-                self._cache, self._computed = ref(cache), _cached_tokens(cache)
+                self._cache, self._computed = ref(cache), _cached_tokens(cache) or 0
             start = self._computed
             self._computed += length
         if start >= self.length:
@@ -118,11 +118,11 @@ def _guessed_mask(model: nn.Module, tokens: torch.Tensor, kwargs: Mapping[str, A
     return None if pad is None or pad in (end if isinstance(end, list) else [end]) else tokens != pad
 
 
-def _cached_tokens(cache: Any) -> int:
+def _cached_tokens(cache: Any) -> int | None:
     try:
         return int(cache.get_seq_length())
     except (AttributeError, TypeError, ValueError):  # of a recurrent model, which has no tokens in its cache
-        return 0
+        return None
 
 
 # An error is stored in place of a prompt, and raised when the prompt is needed: perhaps no adapter is active.
@@ -249,9 +249,9 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
             "`generate`. The whole input is used as the prompt."
         )
         return Prompt(real, 0, length)
-    if cache not in _CACHED:
+    if cache not in _CACHED or _cached_tokens(cache) == 0:
         # What a cache was filled with before was not edited, and what comes after it is not either.
-        first = tokens if _cached_tokens(cache) == 0 else tokens[:, :0]
+        first = tokens[:, :0] if _cached_tokens(cache) else tokens
         _CACHED[cache] = _Generation(model, (first,), {"attention_mask": None})
     return _CACHED[cache].prompt(tokens, attention_mask, cache)
 
