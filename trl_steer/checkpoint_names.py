@@ -41,5 +41,5 @@ def check_on_hub(name: str, revision: str | None = None, config: str = "config.j
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"There is no folder {name}, and no {name} with {config} on the Hub: {reason}"
+            f"There is no folder {name}, and no {_KINDS[config]} {name} on the Hub: {reason}"
         ) from error
