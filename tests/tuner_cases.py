@@ -97,7 +97,6 @@ ROWS = {
     "post_attn-silu": Row(SublayerSteeringConfig, {"site": "post_attn", **SILU}),
     "post_attn-vector": Row(SublayerSteeringConfig, {"site": "post_attn", **VECTOR}, merges=BIASED),
     "loreft": Row(LoReftConfig, {"r": 3}, starts_at_identity=False),
-    "loreft-silu": Row(LoReftConfig, {"r": 3, "activation": "silu"}, starts_at_identity=False),
     "post_mlp-loreft": Row(LoReftConfig, {"r": 3, "site": "post_mlp"}, starts_at_identity=False, merges=BIASED),
     "lofit": Row(LofitConfig, {"init_weights": False}, starts_at_identity=False, merges=BIASED),
     "lofit-heads": Row(LofitConfig, {"heads": HEADS, "init_weights": False}, starts_at_identity=False, merges=BIASED),
