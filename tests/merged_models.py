@@ -1,4 +1,4 @@
-"""Merged models, loaded in a process that does not have us."""
+"""Bases to merge into, and merged models loaded in a process that does not have us."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+from model_zoo import tiny_model
 
 LOAD_AND_COMPARE = """
 import json, sys
@@ -28,6 +32,25 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 assert "trl_steer" not in sys.modules
 print(json.dumps(errors))
 """
+
+
+def double_model(family: str, fields: dict[str, Any]):
+    """A tiny model in float64."""
+    model = tiny_model(family, dtype=torch.float64, **fields)
+    if family == "mixtral":  # whose faster ways to compute have no float64
+        model.set_experts_implementation("eager")
+    return model
+
+
+def loaded_model(family: str, fields: dict[str, Any], folder: Path):
+    """The same as it is loaded in float64, where some constants are not those of a model that is converted."""
+    model = double_model(family, fields)
+    if not folder.exists():
+        model.save_pretrained(folder)
+    model = type(model).from_pretrained(folder, dtype=torch.float64).eval()
+    if family == "mixtral":
+        model.set_experts_implementation("eager")
+    return model
 
 
 def errors_without_us(folder: Path) -> dict[str, float]:

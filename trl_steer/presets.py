@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args
 
+from trl_steer.choices import LoReftSite, SteeringType, SublayerSite
+
 Preset = Literal["default", "paper", "steerling"]
 AdapterMethod = Literal["low_rank", "vector", "sublayer", "loreft", "lofit", "jola", "lora", "joint", "joint_orth"]
 Method = Literal[AdapterMethod, "full"]
-SteeringType = Literal["low_rank", "vector"]
-SublayerSite = Literal["pre_mlp", "post_mlp", "post_attn"]
-LoReftSite = Literal["post_block", "post_mlp"]
 Site = Literal[LoReftSite, SublayerSite]
 
 PRESETS: dict[Preset, str] = {

@@ -7,13 +7,13 @@ from their source files.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl_steer import presets
+from trl_steer.choices import SteeringType, first_and_last
 from trl_steer.integrations.trl.source_arguments import ArgumentError, launcher_arguments, trl_arguments
 from trl_steer.tasks.registry import TASKS
 
@@ -23,7 +23,7 @@ class SteeringArguments:
     """The arguments of `trl-steer sft` in addition to TRL's. See [`PostBlockSteeringConfig`] for those of the adapter.
 
     Raises:
-        ValueError: `task_rows` is less than 1.
+        ValueError: `task_rows` is less than 1, or `positions` has an invalid value.
     """
 
     _argument_group_name = "steering"
@@ -40,7 +40,7 @@ class SteeringArguments:
             + ". --dry_run prints them, and which are guessed."
         },
     )
-    steering_type: presets.SteeringType = field(
+    steering_type: SteeringType = field(
         default="low_rank", metadata={"help": "Type of steering for --method sublayer, joint and joint_orth."}
     )
     site: presets.Site = field(
@@ -97,11 +97,7 @@ class SteeringArguments:
     def __post_init__(self):
         if self.task_rows is not None and self.task_rows < 1:
             raise ValueError(f"--task_rows must be at least 1, got {self.task_rows}.")
-        if not re.fullmatch(r"all|last_prompt|f([1-9]\d*)\+l\1", self.positions):
-            raise ValueError(
-                f"--positions must be all, last_prompt, or such as f7+l7 with twice the same number, got "
-                f"{self.positions!r}."
-            )
+        first_and_last(self.positions)
 
 
 @dataclass(frozen=True)

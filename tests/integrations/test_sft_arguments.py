@@ -171,7 +171,7 @@ def test_every_argument_of_steering_reaches_the_configuration():
             "--site cannot be used with --method lofit, only with sublayer, loreft. Leave",
         ),
         (["--method", "sublayer", "--site", "post_block"], "--site post_block cannot be used"),
-        (["--positions", "f7+l6"], "--positions must be"),
+        (["--positions", "f7+l6"], "Expected positions to be"),
         (["--positions", "f7+l7", "--packing", "true"], "cannot be used with --packing"),
         (["--method", "loreft", "--preset", "paper", "--padding_free", "true"], "cannot be used with --padding_free"),
         (["--method", "lora", "--positions", "last_prompt"], "does not steer"),

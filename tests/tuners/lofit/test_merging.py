@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from head_cases import projections
-from merged_models import errors_without_us
+from merged_models import double_model, errors_without_us, loaded_model
 from model_zoo import tiny_inputs, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -31,31 +29,11 @@ MERGING = [(base, row) for base, row in CASES if base in HAVE_BIAS or row == "lo
 REFUSED = [case for case in CASES if case not in MERGING]
 
 
-def double_model(base: str):
-    family, fields = BASES[base]
-    model = tiny_model(family, dtype=torch.float64, **fields)
-    if family == "mixtral":  # whose faster ways to compute have no float64
-        model.set_experts_implementation("eager")
-    return model
-
-
-def loaded_model(base: str, folder: Path):
-    """The base model as it is loaded in float64, where some constants are not those of a model that is converted."""
-    folder = folder / "bases" / base
-    model = double_model(base)
-    if not folder.exists():
-        model.save_pretrained(folder)
-    model = type(model).from_pretrained(folder, dtype=torch.float64).eval()
-    if base == "mixtral":
-        model.set_experts_implementation("eager")
-    return model
-
-
 def test_merged_models_equal_the_steered_ones_in_a_process_without_trl_steer(tmp_path):
     inputs = {"input_ids": tiny_inputs()["input_ids"]}
     for base, row in MERGING:
         folder = tmp_path / "merged" / f"{base}, {row}"
-        loaded = loaded_model(base, tmp_path)
+        loaded = loaded_model(*BASES[base], tmp_path / "bases" / base)
         unsteered = logits(loaded, inputs)
         model = steer(loaded, row, scaling=0.8).double()
         expected = logits(model, inputs)
@@ -69,7 +47,7 @@ def test_merged_models_equal_the_steered_ones_in_a_process_without_trl_steer(tmp
 
 @pytest.mark.parametrize(("base", "row"), REFUSED)
 def test_an_offset_without_a_bias_to_go_to_is_refused_and_nothing_changes(base, row):
-    model = steer(double_model(base), row).double()
+    model = steer(double_model(*BASES[base]), row).double()
     weights, expected = weights_of(model), logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"cannot be merged into .*has no bias") as error:
@@ -82,7 +60,7 @@ def test_an_offset_without_a_bias_to_go_to_is_refused_and_nothing_changes(base, 
 
 
 def test_the_offset_becomes_a_bias_by_the_weight_before_it_is_scaled():
-    base = double_model("gpt2")
+    base = double_model("gpt2", {})
     (projection, *_), k = projections(base, "gpt2"), 8
     weight, bias = projection.weight.detach().clone().T, projection.bias.detach().clone()  # a `Conv1D`
     model = steer(base, "jola").double()

@@ -3,11 +3,9 @@ are refused with nothing changed."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from merged_models import errors_without_us
+from merged_models import double_model, errors_without_us, loaded_model
 from model_zoo import tiny_inputs, tiny_model
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -52,35 +50,15 @@ MERGING = [(base, site, form) for base, site, form in CASES if form in MERGES[ba
 REFUSED = [case for case in CASES if case not in MERGING]
 
 
-def double_model(base: str):
-    family, fields = BASES[base]
-    model = tiny_model(family, dtype=torch.float64, **fields)
-    if family == "mixtral":  # whose faster ways to compute have no float64
-        model.set_experts_implementation("eager")
-    return model
-
-
 def steered(base: str, site: str, form: str, **fields):
-    return steer(double_model(base), f"{site}-{form}", **fields).double()
-
-
-def loaded_model(base: str, folder: Path):
-    """The base model as it is loaded in float64, where some constants are not those of a model that is converted."""
-    folder = folder / "bases" / base
-    model = double_model(base)
-    if not folder.exists():
-        model.save_pretrained(folder)
-    model = type(model).from_pretrained(folder, dtype=torch.float64).eval()
-    if base == "mixtral":
-        model.set_experts_implementation("eager")
-    return model
+    return steer(double_model(*BASES[base]), f"{site}-{form}", **fields).double()
 
 
 def test_merged_models_equal_the_steered_ones_in_a_process_without_trl_steer(tmp_path):
     inputs = {"input_ids": tiny_inputs()["input_ids"]}
     for base, site, form in MERGING:
         folder = tmp_path / "merged" / f"{base}, {site}, {form}"
-        loaded = loaded_model(base, tmp_path)
+        loaded = loaded_model(*BASES[base], tmp_path / "bases" / base)
         unsteered = logits(loaded, inputs)
         model = steer(loaded, f"{site}-{form}").double()
         expected = logits(model, inputs)

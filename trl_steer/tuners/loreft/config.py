@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from peft.utils import PeftType
+
+from trl_steer.choices import LoReftSite, first_and_last
 
 from ..steering.config import (
     SteeringConfig,
@@ -15,9 +17,6 @@ from ..steering.config import (
     check_dropout,
     check_rank,
 )
-from ..steering.positions import first_and_last
-
-LoReftSite = Literal["post_block", "post_mlp"]
 
 
 @dataclass

@@ -151,7 +151,7 @@ class LoReftAdapter(SteeringAdapter):
 def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
     """Orthonormalizes the rows of a matrix (..., r, d) from first to last: `L^-1 M`, where `L` (r, r) is the Cholesky
     factor of `M M^T`. Computes in float64, and never forms a matrix of size d x d."""
-    wide = _double(matrix)
+    wide = matrix.double()
     # Without an error: after a divergence the loss becomes NaN, which is reported better.
     factor, _ = torch.linalg.cholesky_ex(wide @ wide.mT)
     return torch.linalg.solve_triangular(factor, wide, upper=False).to(matrix.dtype)
@@ -159,13 +159,9 @@ def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
 
 def _distance_from_orthonormal(matrix: torch.Tensor) -> float:
     """`max |M M^T - I|`."""
-    matrix = _double(matrix.detach())
+    matrix = matrix.detach().double()
     gram = matrix @ matrix.mT
     return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max().item()
-
-
-def _double(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix.float() if matrix.device.type == "mps" else matrix.double()  # MPS does not have float64
 
 
 def _is_orthonormal(matrix: torch.Tensor, tolerance: float = 1e-6) -> bool:

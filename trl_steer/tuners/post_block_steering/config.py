@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 from peft.utils import PeftType
 
-from ..steering.config import SteeringConfig, check_activation, check_choice, check_dropout, check_number, check_rank
+from trl_steer.choices import SteeringType
 
-SteeringType = Literal["low_rank", "vector"]
+from ..steering.config import SteeringConfig, check_activation, check_choice, check_dropout, check_number, check_rank
 
 
 @dataclass

@@ -10,8 +10,9 @@ from typing import Any
 from peft.config import PeftConfig
 from transformers.activations import ACT2FN
 
+from trl_steer.choices import ALL, first_and_last
+
 from .card import ModelCardMixin
-from .positions import ALL, first_and_last
 from .sites import Site
 
 # Activations with trainable parameters, which an adapter cannot store.

@@ -11,10 +11,12 @@ from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from trl_steer.choices import ALL
+
 from .adapter import SteeringAdapter, current_scaling
 from .config import SteeringConfig
 from .merging import MergedTensor, unmerge
-from .positions import ALL, edit_tokens
+from .positions import edit_tokens
 from .prompts import Prompt, current_prompt
 from .site_hook import SiteHook
 from .sites import BlockAnatomy

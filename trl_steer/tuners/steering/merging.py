@@ -24,8 +24,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trl_steer.choices import ALL
+
 from .adapter import AffineUpdate
-from .positions import ALL
 from .probing import Call, adapters_disabled, input_linear_layers, output_with_update, record_block_calls
 from .sites import BlockAnatomy, Site, get_hidden
 

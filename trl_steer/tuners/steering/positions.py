@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import torch
 
+from trl_steer.choices import LAST_PROMPT, first_and_last
+
 if TYPE_CHECKING:
     from .adapter import SteeringAdapter
     from .prompts import Prompt
-
-ALL = "all"
-LAST_PROMPT = "last_prompt"
-_FIRST_AND_LAST = re.compile(r"f([1-9]\d*)\+l([1-9]\d*)")
-
-
-def first_and_last(positions: str) -> int:
-    """The `n` of `positions="fn+ln"`, or 0 for the other values.
-
-    Raises:
-        ValueError: `positions` has an invalid value.
-    """
-    match = _FIRST_AND_LAST.fullmatch(positions) if isinstance(positions, str) else None
-    if match is not None and match[1] == match[2]:
-        return int(match[1])
-    if positions not in (ALL, LAST_PROMPT):
-        raise ValueError(
-            f"Expected positions to be {ALL!r}, {LAST_PROMPT!r}, or for example 'f7+l7' (the first and the last 7 "
-            f"tokens of the prompt, the same number of both), got {positions!r}."
-        )
-    return 0
 
 
 def chosen_tokens(prompt: torch.Tensor, positions: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from trl_steer.choices import ALL
+
 from .config import SteeringConfig
 from .folder import PREFIX
 from .forward import ForwardMixin
@@ -30,7 +32,6 @@ from .loading import (
 from .matching import BlockMatcher, check_hidden_size, text_config
 from .merging import merge as merge_steering
 from .merging import merge_other_layers
-from .positions import ALL
 from .prompts import unwatch, watch
 from .saving import check_tensor_names, gather_auxiliary_tensors, gather_tensors
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from peft.utils import PeftType
 
+from trl_steer.choices import SublayerSite
+
 from ..post_block_steering.config import AdditiveSteeringConfig
 from ..steering.config import check_choice
-
-SublayerSite = Literal["pre_mlp", "post_mlp", "post_attn"]
 
 
 @dataclass
