@@ -26,7 +26,7 @@ from steering_cases import (
     weights_of,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
-from tuner_cases import ROWS, cases, over_cases
+from tuner_cases import ROWS, cases, over_cases, over_rows_on
 
 CAUSAL_LM = tuple(name for name, family in FAMILIES.items() if not family.text_config)
 
@@ -84,6 +84,20 @@ def test_saved_adapter_loads_exactly_in_every_way(row, family, tmp_path):
     for load in WAYS_TO_LOAD:
         loaded = load(tiny_model(family), tmp_path).eval()
         assert torch.equal(logits(loaded), expected), load.__name__
+
+
+@over_rows_on("llama", "gpt2")
+def test_float32_weights_load_onto_a_bf16_model_without_rounding(row, family, tmp_path):
+    model = steer(tiny_model(family), row).float()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved.values())
+    for load in (load_with_peft, load_with_peft_low_cpu_mem):
+        loaded = load(tiny_model(family, dtype=torch.bfloat16), tmp_path)
+        for name, parameter in parameters_of(loaded).items():
+            if "lora_A" in name or "lora_B" in name:
+                continue  # PEFT's own are rounded with `low_cpu_mem_usage`
+            assert torch.equal(parameter, saved[name.replace(".default.", ".")]), (load.__name__, name)
 
 
 @pytest.mark.parametrize(("row", "family"), cases(families=CAUSAL_LM))

@@ -205,3 +205,10 @@ def test_a_rotation_that_diverged_gives_no_linear_algebra_error(value):
     with torch.no_grad():
         adapter._parameters["rotation"].fill_(value)
     assert not adapter(torch.randn(3, WIDTH, dtype=torch.float64)).isfinite().all()
+
+
+def test_a_new_rotation_of_a_bf16_model_is_orthonormal_in_float32():
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), LoReftConfig(r=4, task_type="CAUSAL_LM")).eval()
+    for adapter in adapters_of(model):
+        assert adapter.rotation.dtype == torch.float32
+        assert distance(adapter.rotation) < 1e-5

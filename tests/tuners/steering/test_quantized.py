@@ -12,7 +12,6 @@ from steering_cases import (
     assert_same_weights,
     layers_of,
     logits,
-    over_kinds,
     steer,
     steering_config,
     weights_of,
@@ -49,13 +48,16 @@ def quantized(tmp_path_factory):
     return load
 
 
+over_kinds = pytest.mark.parametrize("kind", [*KINDS, "post_mlp-silu", "loreft", "lofit-heads", "jola"])
+
+
 @pytest.fixture
 def weights_stay_as_loaded(monkeypatch):
     """On processors with AVX512-BF16, bitsandbytes repacks and rounds 4-bit weights when they are first used."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "lofit-heads", "jola"])
+@over_kinds
 @over_bits
 @over_quantized_families
 def test_adapter_is_floating_point_and_output_keeps_the_dtype_of_the_block(quantized, family, bits, kind):

@@ -110,6 +110,11 @@ class LoReftAdapter(SteeringAdapter):
         self._is_sharded()
         return super().train(mode)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LoReftAdapter:
+        super()._apply(fn, recurse)
+        self._orthonormalize()  # PEFT creates adapters in the dtype of the base model, which may have rounded the rows
+        return self
+
     def forward(
         self, h: torch.Tensor, residual: torch.Tensor | None = None, scaling: float | None = None, part: int = 0
     ) -> torch.Tensor:

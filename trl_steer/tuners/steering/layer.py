@@ -84,6 +84,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         for name in self._hooked_sites(adapter) - self._hooked:
             SiteHook(self, self.anatomy.site(name)).register()
             self._hooked.add(name)
+        self.cast_to_block(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -251,13 +252,18 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         if device is not None and not adapter.is_offloaded():
             adapter.to(device)
 
+    def cast_to_block(self, adapter_name: str) -> None:
+        """Casts an adapter to the floating point format of its block."""
+        if adapter_name in self.adapters and not self.adapters[adapter_name].is_offloaded():
+            self.adapters[adapter_name].to(dtype=self._block_device_and_dtype()[1])
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.adapters:
             return
         adapter = self.adapters[adapter_name]
         if not adapter.is_offloaded():
-            block_device, dtype = self._block_device_and_dtype()
-            adapter.to(device=device if device is not None else block_device, dtype=dtype)
+            # Not to its dtype: PEFT also calls this after `low_cpu_mem_usage` loading, which would round the weights.
+            adapter.to(device=device if device is not None else self._block_device_and_dtype()[0])
 
     def _block_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
         """The execution device of the block and the dtype of its weights, `None` where they cannot be determined.

@@ -222,6 +222,11 @@ def prompt_in_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Pro
     )
     if tokens is None:
         raise ValueError("Expected `input_ids` or `inputs_embeds`, which are needed to find the prompt; got neither.")
+    if kwargs.get("state") is not None:
+        raise ValueError(
+            "An adapter edits only some tokens of the prompt, but a model with a `state` in place of a cache (RWKV) "
+            "does not tell them from generated ones. Use positions='all'."
+        )
     attention_mask = kwargs.get("attention_mask")
     completion_mask = kwargs.pop("completion_mask", None)
     cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)

@@ -195,6 +195,8 @@ class SteeringTuner(ForwardMixin):
         loaded = self.loaded_weights.pop(adapter_name, {})
         for name, layer in self.named_steering_layers():
             layer.move_to_execution_device(adapter_name, loaded.get(f"{PREFIX}{name}"))
+            if not autocast_adapter_dtype:
+                layer.cast_to_block(adapter_name)
 
     # Saving and loading
 
