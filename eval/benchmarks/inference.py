@@ -29,34 +29,41 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
     }
     bounded = not quick and device == "cpu"
     for stage, make, size, rounds, bound in (
-        ("prefill", _prefill, length, PREFILLS_PER_REPEAT, "<= 1.02"),
-        ("decode", _decode, cached, DECODES_PER_REPEAT, "<= 1.05"),
+        ("prefill", prefill, length, PREFILLS_PER_REPEAT, "<= 1.02"),
+        ("decode", decode, cached, DECODES_PER_REPEAT, "<= 1.05"),
     ):
         tokens = models.random_tokens(config, 1, size, device)
         runs = {side: make(model, tokens) for side, model in sides.items()}
         times = alternate(runs, repeats * rounds, device, warmup=3)
-        case = f"{stage}, {name}, float32, " + (f"{size} tokens" if stage == "prefill" else f"1 token after {size}")
+        with torch.no_grad():
+            operator = models.operator_of(sides[OURS], torch.float32)
+        case = f"{stage}, {name}, float32, operator {operator}, " + (
+            f"{size} tokens" if stage == "prefill" else f"1 token after {size}"
+        )
         yield compare(NAME, case, times, OURS, BARE, bound=bound if bounded else None)
         yield compare(NAME, case, times, LORA, BARE)
 
 
-def _prefill(model, tokens: torch.Tensor) -> Callable[[], None]:
+def prefill(model, tokens: torch.Tensor) -> Callable[[], None]:
+    """A forward pass over all tokens."""
+
     @torch.no_grad()
-    def prefill() -> None:
+    def run() -> None:
         model(input_ids=tokens, use_cache=True, logits_to_keep=1)
 
-    return prefill
+    return run
 
 
-def _decode(model, tokens: torch.Tensor) -> Callable[[], None]:
+def decode(model, tokens: torch.Tensor) -> Callable[[], None]:
+    """A forward pass over one token after these, always the same."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     last = tokens[:, -1:]
 
     @torch.no_grad()
-    def decode() -> None:
+    def run() -> None:
         model(input_ids=last, past_key_values=cache, use_cache=True)
         cache.crop(-1)
 
-    return decode
+    return run

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trl_steer import PostBlockSteeringConfig
 from trl_steer.tuners.joint_steering import OrthogonalityConstraint
+from trl_steer.tuners.post_block_steering.layer import LowRankAdapter
+from trl_steer.tuners.steering.ops.low_rank import operator_for
 
 ADAPTERS: dict[str, dict] = {
     "low_rank": {"config": PostBlockSteeringConfig, "r": 8},
@@ -59,7 +61,8 @@ def smollm2_135m() -> LlamaConfig:
 
 def build(config: LlamaConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: torch.nn.Module = LlamaForCausalLM(copy.deepcopy(config))
+    with torch.device(device):
+        model: torch.nn.Module = LlamaForCausalLM(copy.deepcopy(config))
     return model.to(device, dtype)  # type: ignore[return-value]
 
 
@@ -81,8 +84,15 @@ def adapted(base: PreTrainedModel, adapter: str | PeftConfig) -> PeftModel:
         return get_peft_model(share(base), adapter_config(adapter) if isinstance(adapter, str) else adapter)
 
 
+def operator_of(model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """The operator of the low-rank updates in this model."""
+    adapter = next(module for module in model.modules() if isinstance(module, LowRankAdapter))
+    h = torch.empty(1, 1, adapter.down.shape[1], device=adapter.down.device, dtype=dtype)
+    return operator_for(h, adapter.down, adapter.up, adapter.activation)
+
+
 def training_step(
-    model: PeftModel, tokens: torch.Tensor, constraint: OrthogonalityConstraint | None = None
+    model: torch.nn.Module, tokens: torch.Tensor, constraint: OrthogonalityConstraint | None = None
 ) -> Callable[[], None]:
     """Forward, backward and AdamW, optionally with the constraint."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

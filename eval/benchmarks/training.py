@@ -27,7 +27,8 @@ def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
         tokens = models.random_tokens(config, batch, length, device)
         for checkpointing in (False, True):
             trained = {side: _trainable(base, adapter, checkpointing) for side, adapter in SIDES.items()}
-            case = f"{_describe(config, batch, length)}, {str(dtype).removeprefix('torch.')}"
+            operator = models.operator_of(trained[OURS], dtype)
+            case = f"{_describe(config, batch, length)}, {str(dtype).removeprefix('torch.')}, operator {operator}"
             case += ", gradient checkpointing" if checkpointing else ""
             yield from _bytes(case, trained, tokens, None if quick else dtype)
             bounded = not (quick or checkpointing) and dtype == torch.float32
@@ -81,7 +82,7 @@ def _seconds(case: str, trained: dict[str, PeftModel], tokens: torch.Tensor, dev
 
 
 def _operator(side: str) -> steering_operator:
-    return steering_operator("plain" if side == PLAIN else "memory_efficient")
+    return steering_operator("plain" if side == PLAIN else "auto")
 
 
 def _loss(model: PeftModel, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:

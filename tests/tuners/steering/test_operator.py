@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import ACTIVATIONS, SCALING, D, both_forms, error, reference, run, tensors
+from operator_cases import ACTIVATIONS, FORMS, SCALING, D, both_forms, error, reference, run, tensors
 from torch.autograd import gradcheck, gradgradcheck
 
-from trl_steer.tuners.steering.ops.low_rank import OPERATORS, low_rank_update, steering_operator
+from trl_steer.tuners.steering.ops.low_rank import low_rank_update
+from trl_steer.tuners.steering.ops.switch import steering_operator
 
 pytestmark = pytest.mark.usefixtures("default_operator")
 
@@ -55,7 +56,7 @@ def test_memory_efficient_form_refuses_to_be_differentiated_twice():
 def test_frozen_inputs_get_no_gradient_and_change_no_other(needs_grad, activation):
     inputs = tensors(2, 5, D)
     _, everything = run("plain", inputs, activation=ACTIVATIONS[activation])
-    for form in OPERATORS:
+    for form in FORMS:
         _, grads = run(form, inputs, needs_grad, activation=ACTIVATIONS[activation])
         for grad, needed, expected in zip(grads, needs_grad, everything, strict=True):
             assert (grad is not None) == needed
@@ -216,9 +217,7 @@ def test_bfloat16_gradient_of_down_is_as_good_as_plain_within_3x(size):
     exact_leaves = [t.double().requires_grad_() for t in (h, down, up)]
     reference(*exact_leaves).backward(grad_output.double())
     exact = exact_leaves[1].grad
-    plain, ours = (
-        error(run(form, [h, down, up], grad_output=grad_output)[1][1], exact) for form in reversed(OPERATORS)
-    )
+    plain, ours = (error(run(form, [h, down, up], grad_output=grad_output)[1][1], exact) for form in reversed(FORMS))
     assert ours <= 3 * plain
 
 
@@ -242,7 +241,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_that_of_the_hidden_state(form,
 def test_both_forms_agree_under_autocast(dtype):
     inputs = tensors(2, 40, D, dtype=dtype, factors=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        (plain, plain_grads), (output, grads) = (run(form, inputs, activation=F.silu) for form in reversed(OPERATORS))
+        (plain, plain_grads), (output, grads) = (run(form, inputs, activation=F.silu) for form in reversed(FORMS))
     assert torch.equal(output, plain)
     assert all(error(grad, expected) <= 2**-7 for grad, expected in zip(grads, plain_grads, strict=True))
 
@@ -292,7 +291,7 @@ def test_float16_gradient_of_down_is_finite_where_plain_ones_is(size, grad, scal
         (torch.randn(32, D, generator=torch.Generator().manual_seed(seed)) * 10**grad).half().clamp(-6e4, 6e4)
     )
     gradients = {}
-    for form in OPERATORS:
+    for form in FORMS:
         leaves = [t.clone().requires_grad_() for t in (h, down, up)]
         with steering_operator(form):
             output = low_rank_update(*leaves, scaling, ACTIVATIONS[activation])

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from operator_cases import ACTIVATIONS, SCALING, D, both_forms, reference, run, tensors
 
-from trl_steer.tuners.steering.ops.low_rank import low_rank_update, steering_operator
+from trl_steer.tuners.steering.ops.low_rank import low_rank_update
+from trl_steer.tuners.steering.ops.switch import steering_operator
 
 pytestmark = pytest.mark.usefixtures("default_operator")
 

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from ..steering.adapter import AffineUpdate, SteeringAdapter
 from ..steering.layer import SteeringLayer
 from ..steering.ops.low_rank import low_rank_update
+from ..steering.ops.vector import vector_update
 from ..steering.sites import Site
 from .config import AdditiveSteeringConfig
 
@@ -125,9 +126,7 @@ class VectorAdapter(SteeringAdapter):
     ) -> torch.Tensor:
         base, vector = h if residual is None else residual, self.vector
         scaling = self.scaling if scaling is None else scaling
-        if vector.dtype == base.dtype:
-            return torch.add(base, vector, alpha=scaling)
-        return base + (scaling * vector).to(base.dtype)
+        return vector_update(base, vector, scaling)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         return AffineUpdate(offset=scaling * self.vector.data.double())

@@ -6,7 +6,7 @@ from .folder import AdapterFolder
 from .functional import adapter_scaling, hotswap_adapter, set_scaling
 from .layer import SteeringLayer
 from .model import SteeringModel
-from .ops.low_rank import steering_operator
+from .ops.switch import steering_operator
 from .penalties import adapter_penalty
 from .sites import SITES, BlockAnatomy, Site
 from .tuner import SteeringTuner

@@ -1,102 +1,34 @@
-"""The low-rank update as an operator on tensors, in two implementations.
+"""The low-rank update as an operator on tensors, in three implementations.
 
-Both compute `h' = h + scaling * a @ up.T` with `a = dropout(act(z))` and `z = h @ down.T`.
+All compute `h' = h + scaling * a @ up.T` with `a = dropout(act(z))` and `z = h @ down.T`.
 
-- `"memory_efficient"` (the default) is an autograd function that saves its **output** `h'` and the r-dimensional `z`,
-  not its input. The next block saves `h'` anyway, so that no second copy of the residual stream is kept. This also
-  holds under gradient checkpointing, since transformers checkpoints the `forward` of a block without its hooks. The
-  gradient is `dL/d down = dz^T h = dz^T h' - scaling * (dz^T a) up^T`. In 16-bit formats it is as accurate as the
-  plain implementation as long as the update is not larger than `h`, and less accurate otherwise.
-- `"plain"` is ordinary PyTorch. It is always used under `torch.compile` and `torch.export`. Use it for double
-  backward, for `torch.func` transforms, and for models that modify the hidden state in place, where the
-  memory-efficient implementation raises an error.
+- `"triton"` (the default on a GPU) fuses this into one kernel, see `triton_update.py`. Like the next one, it saves
+  its output and `z`. It is a single operator under `torch.compile` and `torch.export`.
+- `"memory_efficient"` (the default elsewhere) is an autograd function that saves its **output** `h'` and the
+  r-dimensional `z`, not its input. The next block saves `h'` anyway, so that no second copy of the residual stream is
+  kept. This also holds under gradient checkpointing, since transformers checkpoints the `forward` of a block without
+  its hooks. The gradient is `dL/d down = dz^T h = dz^T h' - scaling * (dz^T a) up^T`. In 16-bit formats it is as
+  accurate as the plain implementation as long as the update is not larger than `h`, and less accurate otherwise.
+- `"plain"` is ordinary PyTorch. It is used under `torch.compile` and `torch.export` where the kernels do not apply.
+  Use it for double backward, for `torch.func` transforms, and for models that modify the hidden state in place, where
+  the others raise an error.
 
 [`steering_operator`] selects the implementation.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ..contexts import ContextStack, Entry
+from . import triton_update
+from .switch import current_operator, steering_operator
 
-OPERATORS = ("memory_efficient", "plain")
 # Up to this number of elements in `h`, as in decoding, the overhead of calls exceeds the cost of the arithmetic.
 _FEW_ELEMENTS = 2**12
-
-
-class steering_operator:  # noqa: N801 - reads like torch.set_grad_enabled
-    """Selects how low-rank steering is computed: as a function for the process, as a context manager for the current
-    thread or asyncio task. The backward pass uses the operator of the forward pass.
-
-    - `"memory_efficient"` (the default) saves the output of the update for the backward pass, not its input, so that
-      no second copy of the residual stream is kept.
-    - `"plain"` is ordinary PyTorch. Use it for double backward, for `torch.func` transforms, and for models that
-      modify the hidden state in place.
-
-    With gradient checkpointing on a GPU, the backward pass recomputes blocks in another thread, where a context
-    manager has no effect. Select the operator for the process then.
-
-    Args:
-        name (`str`): `"memory_efficient"` or `"plain"`.
-
-    Raises:
-        ValueError: `name` is neither of these.
-
-    Example:
-
-        ```py
-        >>> steering_operator("plain")
-        >>> with steering_operator("memory_efficient"):
-        ...     loss.backward()
-        ```
-    """
-
-    _blocks: ContextStack[str] = ContextStack("steering_operator")
-    _lock = threading.Lock()
-    # Calls outside any `with` block, of which the last one counts. Earlier ones are kept, because a call is taken back
-    # when it turns out to be the start of a `with` block.
-    _calls: list[steering_operator] = []
-
-    def __init__(self, name: str):
-        if name not in OPERATORS:
-            raise ValueError(f"There is no steering operator {name!r}; use one of {OPERATORS}.")
-        self.name = name
-        self._entries: list[Entry[str]] = []
-        self._around = self._blocks.innermost()
-        if self._around is not None:  # a call inside a `with` block applies until its end
-            self._before, self._around.value = self._around.value, name
-            return
-        with self._lock:
-            self._calls.append(self)
-            del self._calls[:-16]
-
-    def __enter__(self):
-        if self._around is not None:
-            self._around.value, self._around = self._before, None
-        else:
-            with self._lock:
-                self._calls[:] = [call for call in self._calls if call is not self]
-        self._entries.append(self._blocks.push(self.name))
-        return self
-
-    def __exit__(self, *exc_info):
-        # The innermost entry of this thread or task, since others may have entered the same object. There is none if
-        # another task closes a generator.
-        own = next((entry for entry in reversed(self._entries) if self._blocks.has(entry)), self._entries[-1])
-        self._entries.remove(own)
-        self._blocks.remove(own)
-
-    @classmethod
-    def current(cls) -> str:
-        """Name of the current operator."""
-        block, calls = next(iter(cls._blocks), None), cls._calls
-        return block if block is not None else calls[-1].name if calls else OPERATORS[0]
 
 
 def low_rank_update(
@@ -127,6 +59,8 @@ def low_rank_update(
     Returns:
         `torch.Tensor`: (..., d), dtype and device of `h`, a new tensor.
     """
+    if h.device.type in triton_update.DEVICES and operator_for(h, down, up, activation, residual) == "triton":
+        return triton_update.update(h, down, up, scaling, activation, dropout, _compute_dtype(h, down))
     # Not while tracing: a comparison would specialize symbolic sizes.
     if (
         not torch.is_grad_enabled()
@@ -139,16 +73,38 @@ def low_rank_update(
         if dtype != torch.float16 and (scaling == 1.0 or not _autocast_enabled(h)):
             return _few_tokens(h, down, up, scaling, activation, residual, dtype)
     if _autocast_enabled(h):
-        dtype = torch.get_autocast_dtype(h.device.type)
+        dtype = _compute_dtype(h, down)
         with torch.autocast(h.device.type, enabled=False):
             return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
-    dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
-    return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
+    return _low_rank_update(h, down, up, scaling, activation, dropout, residual, _compute_dtype(h, down))
+
+
+def operator_for(
+    h: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    residual: torch.Tensor | None = None,
+) -> str:
+    """The implementation that [`low_rank_update`] uses for these arguments, given the one that is selected."""
+    compiling = torch.compiler.is_compiling()
+    selected = current_operator() if compiling else steering_operator.current()
+    if selected == "plain" or residual is not None:
+        return "plain"
+    chosen = selected == "triton" or (selected == "auto" and h.is_cuda)
+    if chosen and triton_update.serves(h, down, up, activation):
+        return "triton"
+    return "memory_efficient" if torch.is_grad_enabled() and not compiling else "plain"
+
+
+def _compute_dtype(h: torch.Tensor, down: torch.Tensor) -> torch.dtype:
+    if _autocast_enabled(h):
+        return torch.get_autocast_dtype(h.device.type)
+    return h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
 
 
 def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype):
-    efficient = torch.is_grad_enabled() and residual is None and not torch.compiler.is_compiling()
-    if efficient and steering_operator.current() != "plain":
+    if operator_for(h, down, up, activation, residual) == "memory_efficient":
         return _MemoryEfficientUpdate.apply(h, down, up, scaling, activation, dropout, dtype)
     tokens = _flat(h)
     z = F.linear(_cast(tokens, dtype), _cast(down, dtype))

@@ -1,0 +1,51 @@
+"""The update by a vector, as an operator on tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def vector_update(h: torch.Tensor, vector: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`h + scaling * vector` in a single call, computed in the promoted dtype and rounded once to that of `h`.
+
+    Args:
+        h (`torch.Tensor`): (..., d).
+        vector (`torch.Tensor`): (d,).
+        scaling (`float`): Factor on the vector.
+
+    Returns:
+        `torch.Tensor`: (..., d), dtype and device of `h`, a new tensor.
+    """
+    if vector.dtype == h.dtype:
+        return torch.add(h, vector, alpha=scaling)
+    if torch.compiler.is_compiling():  # which fuses this, and cannot trace the function
+        return torch.add(h, vector, alpha=scaling).to(h.dtype)
+    return _MixedUpdate.apply(h, vector, scaling)
+
+
+class _MixedUpdate(torch.autograd.Function):
+    """Adds a vector of another dtype without a copy of `h` in the promoted dtype, which only `out` can avoid."""
+
+    @staticmethod
+    def forward(h, vector, scaling):
+        return torch.add(h, vector, alpha=scaling, out=torch.empty_like(h))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, vector, ctx.scaling = inputs
+        ctx.dtype = vector.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_vector = None
+        if ctx.needs_input_grad[1]:
+            summed = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.promote_types(grad.dtype, ctx.dtype))
+            grad_vector = (ctx.scaling * summed).to(ctx.dtype)
+        return grad if ctx.needs_input_grad[0] else None, grad_vector, None
+
+    @staticmethod
+    def vmap(info, in_dims, h, vector, scaling):
+        h = h.expand(info.batch_size, *h.shape) if in_dims[0] is None else h.movedim(in_dims[0], 0)
+        if in_dims[1] is not None:
+            vector = vector.movedim(in_dims[1], 0).view(info.batch_size, *[1] * (h.dim() - 2), -1)
+        return torch.add(h, vector, alpha=scaling).to(h.dtype), 0
