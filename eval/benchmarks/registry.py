@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
-from . import alpaca, evaluation, inference, loading, projection, report, startup, training
+from . import adapters, alpaca, evaluation, inference, loading, projection, report, startup, training
 from .harness import Result, use_clock
 
 BENCHMARKS = {
-    module.NAME: module for module in (training, inference, loading, projection, evaluation, alpaca, startup)
+    module.NAME: module for module in (training, inference, adapters, loading, projection, evaluation, alpaca, startup)
 }
 
 

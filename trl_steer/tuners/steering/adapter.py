@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class SteeringAdapter(nn.Module):
     parametrizations work.
 
     A subclass implements [`shapes`], [`reset_parameters`] and [`forward`], and optionally [`merge`],
-    [`summed_fields`], [`write_sum`] and [`penalty`].
+    [`summed_fields`], [`write_sum`], [`penalty`], and [`batch_key`] with [`batch_update`].
 
     Args:
         width (`int`): Size `d` of the hidden state at the site.
@@ -149,6 +150,27 @@ class SteeringAdapter(nn.Module):
             `torch.Tensor`: (..., d), dtype of `h`.
         """
         raise NotImplementedError
+
+    def batch_key(self) -> Hashable:
+        """What adapters have in common that [`batch_update`] computes together in a batch where each row has its own
+        adapter (`adapter_names`). Default: the adapter itself, so that it is called for its rows alone."""
+        return self
+
+    @classmethod
+    def batch_update(
+        cls, adapters: Sequence[SteeringAdapter], scalings: Sequence[float]
+    ) -> Callable[..., torch.Tensor]:
+        """The updates of adapters with the same `batch_key` as one function, with their current weights.
+
+        Args:
+            adapters (`Sequence[SteeringAdapter]`): The adapter of each entry. An adapter may have several.
+            scalings (`Sequence[float]`): Factor on the update of each entry.
+
+        Returns:
+            `Callable`: Maps the hidden state (entries, n, d) to the steered one.
+        """
+        ((adapter, scaling),) = zip(adapters, scalings, strict=True)
+        return partial(adapter, scaling=scaling)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         """The update, multiplied by `scaling`, in a form that can be merged into linear layers.

@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from .matching import modules_outside_adapters
 from .prompts import generation, is_watched
 from .rows import adapters_by_row
 
@@ -40,6 +41,6 @@ class ForwardMixin(BaseTuner):
             if unknown:
                 raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
             types = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
-            layers = [module for module in self.modules() if isinstance(module, types)]
+            layers = [module for _, module in modules_outside_adapters(self) if isinstance(module, types)]
             with adapters_by_row(layers, adapter_names, args, kwargs, self.model):
                 yield

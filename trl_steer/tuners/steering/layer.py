@@ -16,6 +16,7 @@ from trl_steer.choices import ALL
 from .adapter import SteeringAdapter, current_scaling
 from .config import SteeringConfig
 from .merging import MergedTensor, unmerge
+from .mixed_batch import AdapterGroup, BatchRows
 from .positions import edit_tokens
 from .prompts import Prompt, current_prompt
 from .site_hook import SiteHook
@@ -115,12 +116,12 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         return isinstance(owner, SiteHook) and owner.layer_name == self.layer_name and owner.site.name in sites
 
     def forward(
-        self, hidden: torch.Tensor, adapter_names: Sequence[str] | None = None, site: str | None = None
+        self, hidden: torch.Tensor, adapter_names: Sequence[str] | BatchRows | None = None, site: str | None = None
     ) -> torch.Tensor:
         """
         Args:
             hidden (`torch.Tensor`): (batch, sequence, d) or (batch * sequence, d), the hidden state at the site.
-            adapter_names (`Sequence[str]`, *optional*):
+            adapter_names (`Sequence[str]` or [`BatchRows`], *optional*):
                 The adapter for each row of `hidden`, `"__base__"` for none. Default: the active adapters for all rows.
             site (`str`, *optional*): Apply only the adapters at this site. Default: all adapters.
 
@@ -130,7 +131,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return hidden
         if adapter_names is not None:
-            return self._forward_per_row(hidden, adapter_names, site)
+            rows = adapter_names if isinstance(adapter_names, BatchRows) else BatchRows(adapter_names)
+            return self._forward_per_row(hidden, rows, site)
         # Plain dictionaries and few calls, because this runs in every block for every decoded token.
         adapters = self.adapters._modules
         active, merged, steered = self._active_adapter, self.merged_adapters, None
@@ -188,27 +190,34 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
                 "or call `unmerge_adapter`."
             )
 
-    def _forward_per_row(self, hidden: torch.Tensor, adapter_names: Sequence[str], site: str | None) -> torch.Tensor:
+    @torch.compiler.disable  # rows are sorted on the CPU
+    def _forward_per_row(self, hidden: torch.Tensor, rows: BatchRows, site: str | None) -> torch.Tensor:
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(adapter_names) != len(hidden):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(hidden)} respectively."
-            )
-        steered = hidden.clone()
-        for name in sorted(set(adapter_names) & set(self.adapters)):
-            adapter = self.adapters[name]
-            if site is None or adapter.site == site:
-                scaling, is_own = self.effective_scaling(name, adapter), [wanted == name for wanted in adapter_names]
-                rows = torch.tensor(is_own, device=hidden.device)
-                if adapter.positions == ALL:
-                    steered[rows] = adapter(hidden[rows], scaling=scaling)
-                else:
-                    steered = edit_tokens(adapter, hidden, steered, scaling, self._current_prompt(), rows)
-        return steered
+        h = steered = rows.view(hidden)
+        groups = rows.groups.get((self, site))
+        if groups is None:
+            groups = self._groups(rows, site)
+            if not torch.is_grad_enabled():  # the graph of stacked weights is only good for one backward pass
+                rows.groups[self, site] = groups
+        for group in groups:
+            steered = group.steer(h, steered, None if group.positions == ALL else self._current_prompt())
+        return steered.view(hidden.shape)
+
+    def _groups(self, rows: BatchRows, site: str | None) -> list[AdapterGroup]:
+        """The adapters of a batch that this block has, by what they have in common."""
+        members: dict[Any, list[tuple[int, SteeringAdapter, float]]] = {}
+        for index, name in enumerate(rows.unique):
+            adapter: Any = self.adapters._modules.get(name)
+            if adapter is not None and (site is None or adapter.site == site):
+                # Code of others that runs around its forward, such as offloading or pruning, only runs if it is called.
+                is_wrapped = adapter._forward_pre_hooks or adapter._forward_hooks or "forward" in vars(adapter)
+                key = adapter if is_wrapped else adapter.batch_key()
+                scaling = self.effective_scaling(name, adapter)
+                members.setdefault((key, adapter.positions), []).append((index, adapter, scaling))
+        return [AdapterGroup(rows, group) for group in members.values()]
 
     def effective_scaling(self, name: str, adapter: Any) -> float:
         """The scaling of an adapter in the current context."""

@@ -8,10 +8,11 @@ transformers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 # The prefix of all names in a module wrapped by `torch.compile`. PEFT removes it in some places but not in others.
@@ -35,6 +36,24 @@ def check_hidden_size(model: nn.Module) -> None:
             f"{type(model).__name__} has no transformers configuration with an integer `hidden_size`, so the width of "
             "its residual stream is unknown. Give the model a `config` with `hidden_size`."
         )
+
+
+def modules_outside_adapters(
+    model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Like `model.named_modules()`, but without the modules of adapters, so that it takes the same time however many
+    adapters there are."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
+    yield prefix, model
+    inside: tuple[str, ...] = ()
+    if isinstance(model, BaseTunerLayer):
+        inside = (*model.adapter_layer_names, *model.other_param_names)
+    for name, child in model._modules.items():
+        if child is not None and name not in inside:
+            yield from modules_outside_adapters(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
