@@ -72,13 +72,13 @@ def _added(base: PreTrainedModel, name: str, device: str, repeats: int, bounded:
 
 
 def _adapted(base: PreTrainedModel, count: int, config: PeftConfig | None = None) -> PeftModel:
-    """A copy of `base` with the same weights and adapters `"0"`, `"1"`, ..., by default of low rank."""
+    """A copy of `base` with the same weights and adapters named by [`_name`], of low rank by default."""
     config = config or PostBlockSteeringConfig(r=8, init_weights=False, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = models.adapted(base, copy.deepcopy(config))
         for index in range(1, count):
-            model.add_adapter(str(index), copy.deepcopy(config))
+            model.add_adapter(_name(index), copy.deepcopy(config))
     return model.eval()
 
 
@@ -88,7 +88,7 @@ def _names(count: int, rows: int) -> list[str]:
 
 
 def _name(index: int) -> str:
-    return "default" if index == 0 else str(index)
+    return "default" if index == 0 else f"adapter{index}"
 
 
 def _adapters(count: int) -> str:

@@ -75,11 +75,12 @@ class LowRankAdapter(SteeringAdapter):
             residual = h
         return low_rank_update(h, down, up, scaling, self.activation, dropout, residual)
 
-    def batch_key(self) -> Hashable:
-        return self if self.down.is_meta else (LowRankAdapter, self.activation_name, self.down.dtype)
+    def batch_key(self) -> Hashable | None:
+        down = self.down
+        return None if down.is_meta else (LowRankAdapter, self.activation_name, down.dtype)
 
-    @classmethod
-    def batch_update(cls, adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[..., torch.Tensor]:
+    @staticmethod
+    def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
         down, up = stack_factors([each.down for each in adapters], [each.up for each in adapters], scalings)
         return partial(stacked_low_rank_update, down=down, up=up, activation=adapters[0].activation)
 
@@ -140,11 +141,12 @@ class VectorAdapter(SteeringAdapter):
             return torch.add(base, vector, alpha=scaling)
         return base + (scaling * vector).to(base.dtype)
 
-    def batch_key(self) -> Hashable:
-        return self if self.vector.is_meta else (VectorAdapter, self.vector.dtype)
+    def batch_key(self) -> Hashable | None:
+        vector = self.vector
+        return None if vector.is_meta else (VectorAdapter, vector.dtype)
 
-    @classmethod
-    def batch_update(cls, adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[..., torch.Tensor]:
+    @staticmethod
+    def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
         offsets = scaled(torch.stack([each.vector for each in adapters]), scalings).unsqueeze(1)
         return lambda h: h + offsets.to(h.dtype)
 

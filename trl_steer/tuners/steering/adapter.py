@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -151,15 +150,13 @@ class SteeringAdapter(nn.Module):
         """
         raise NotImplementedError
 
-    def batch_key(self) -> Hashable:
-        """What adapters have in common that [`batch_update`] computes together in a batch where each row has its own
-        adapter (`adapter_names`). Default: the adapter itself, so that it is called for its rows alone."""
-        return self
+    def batch_key(self) -> Hashable | None:
+        """What adapters have in common that [`batch_update`] computes together, in a batch in which each row has its
+        own adapter (`adapter_names`). Default: `None`, the adapter is called for its own rows."""
+        return None
 
-    @classmethod
-    def batch_update(
-        cls, adapters: Sequence[SteeringAdapter], scalings: Sequence[float]
-    ) -> Callable[..., torch.Tensor]:
+    @staticmethod
+    def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
         """The updates of adapters with the same `batch_key` as one function, with their current weights.
 
         Args:
@@ -169,8 +166,7 @@ class SteeringAdapter(nn.Module):
         Returns:
             `Callable`: Maps the hidden state (entries, n, d) to the steered one.
         """
-        ((adapter, scaling),) = zip(adapters, scalings, strict=True)
-        return partial(adapter, scaling=scaling)
+        raise NotImplementedError
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         """The update, multiplied by `scaling`, in a form that can be merged into linear layers.

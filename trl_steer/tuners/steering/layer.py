@@ -15,6 +15,7 @@ from trl_steer.choices import ALL
 
 from .adapter import SteeringAdapter, current_scaling
 from .config import SteeringConfig
+from .matching import modules_outside_adapters
 from .merging import MergedTensor, unmerge
 from .mixed_batch import AdapterGroup, BatchRows
 from .positions import edit_tokens
@@ -87,7 +88,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             self._hooked.add(name)
         self.cast_to_block(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        adapter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -104,6 +105,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     def _remove_hooks(self, sites: set[str]) -> None:
         """Removes the hooks of sites, also from the copies that PEFT makes for `modules_to_save`."""
+        if not sites:
+            return
         for module in self.get_base_layer().modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if self._is_own_hook(hook, sites)]:
@@ -209,15 +212,16 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
     def _groups(self, rows: BatchRows, site: str | None) -> list[AdapterGroup]:
         """The adapters of a batch that this block has, by what they have in common."""
         members: dict[Any, list[tuple[int, SteeringAdapter, float]]] = {}
+        adapters: dict[str, Any] = self.adapters._modules
         for index, name in enumerate(rows.unique):
-            adapter: Any = self.adapters._modules.get(name)
+            adapter = adapters.get(name)
             if adapter is not None and (site is None or adapter.site == site):
-                # Code of others that runs around its forward, such as offloading or pruning, only runs if it is called.
+                # Code of others around its forward, such as offloading or pruning, runs only if the adapter is called.
                 is_wrapped = adapter._forward_pre_hooks or adapter._forward_hooks or "forward" in vars(adapter)
-                key = adapter if is_wrapped else adapter.batch_key()
-                scaling = self.effective_scaling(name, adapter)
-                members.setdefault((key, adapter.positions), []).append((index, adapter, scaling))
-        return [AdapterGroup(rows, group) for group in members.values()]
+                kind = None if is_wrapped else adapter.batch_key()
+                key = (name, None) if kind is None else (kind, adapter.positions)
+                members.setdefault(key, []).append((index, adapter, self.effective_scaling(name, adapter)))
+        return [AdapterGroup(rows, group, key[1] is None) for key, group in members.items()]
 
     def effective_scaling(self, name: str, adapter: Any) -> float:
         """The scaling of an adapter in the current context."""
@@ -280,12 +284,11 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         Offloaded weights are on the meta device, so that the execution device is read from accelerate's hook.
         Quantized weights are integers, so that the dtype is that of norms and biases.
         """
-        block = self.get_base_layer()
-        own = {id(parameter) for parameter in self.parameters()}
-        weights = [p for p in block.parameters() if id(p) not in own]
+        modules = [module for _, module in modules_outside_adapters(self.get_base_layer())]
+        weights = [p for module in modules for p in module._parameters.values() if p is not None]
         dtype = next((p.dtype for p in weights if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
         device = next((p.device for p in weights if not p.is_meta), None)
-        for module in block.modules():
+        for module in modules:
             execution_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
             if execution_device is not None:
                 device = torch.device(execution_device)

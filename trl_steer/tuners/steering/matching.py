@@ -41,19 +41,23 @@ def check_hidden_size(model: nn.Module) -> None:
 def modules_outside_adapters(
     model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Like `model.named_modules()`, but without the modules of adapters, so that it takes the same time however many
-    adapters there are."""
+    """Like `model.named_modules()`, but of adapters only the containers (`nn.ModuleDict`, ...), so that it takes the
+    same time however many adapters there are."""
     seen = set() if seen is None else seen
     if model in seen:
         return
     seen.add(model)
     yield prefix, model
-    inside: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
     if isinstance(model, BaseTunerLayer):
-        inside = (*model.adapter_layer_names, *model.other_param_names)
+        containers = (*model.adapter_layer_names, *model.other_param_names)
     for name, child in model._modules.items():
-        if child is not None and name not in inside:
-            yield from modules_outside_adapters(child, f"{prefix}.{name}" if prefix else name, seen)
+        full_name = f"{prefix}.{name}" if prefix else name
+        if name in containers and child is not None and child not in seen:
+            seen.add(child)
+            yield full_name, child
+        elif child is not None:
+            yield from modules_outside_adapters(child, full_name, seen)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -80,7 +84,7 @@ def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not _outermost_lists(decoder):
         decoder = model  # ModernBERT calls its output layer `decoder`
-    prefix = next((name for name, module in model.named_modules() if module is decoder), None)
+    prefix = next((name for name, module in modules_outside_adapters(model) if module is decoder), None)
     if count is None or prefix is None:
         return {}
     return {
@@ -93,7 +97,7 @@ def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Module lists that are not inside another one, which excludes a block's list of experts."""
     lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_outside_adapters(model):
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
     return lists

@@ -164,10 +164,11 @@ class AdapterGroup:
         rows ([`BatchRows`]): The rows of the batch.
         members (`Sequence[tuple[int, SteeringAdapter, float]]`):
             Index in `rows.unique`, adapter and scaling of each. They have the same positions and `batch_key`.
+        is_called (`bool`): Whether it is one adapter, which is called.
     """
 
-    def __init__(self, rows: BatchRows, members: Sequence[tuple[int, SteeringAdapter, float]]):
-        self.rows = rows
+    def __init__(self, rows: BatchRows, members: Sequence[tuple[int, SteeringAdapter, float]], is_called: bool):
+        self.rows, self.is_called = rows, is_called
         self.indices, self.adapters, self.scalings = zip(*members, strict=True)
         self.positions: str = self.adapters[0].positions
         self._prepared: tuple[Tiles, Callable[..., torch.Tensor]] | None = None
@@ -191,5 +192,7 @@ class AdapterGroup:
         return out.view(h.shape)
 
     def _update(self, tiles: Tiles) -> Callable[..., torch.Tensor]:
+        if self.is_called:
+            return partial(self.adapters[0], scaling=self.scalings[0])
         adapters = [self.adapters[owner] for owner in tiles.owners]
         return self.adapters[0].batch_update(adapters, [self.scalings[owner] for owner in tiles.owners])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig
 
@@ -42,6 +43,7 @@ def adapters_by_row(
         _ROWS.reset(token)
 
 
+@torch.compiler.disable  # torch.compile cannot trace context variables
 def _pass_names(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
     rows = _ROWS.get()
     # The call may come from another thread, which did not pass names. While another thread removes its hook, PyTorch

@@ -29,7 +29,7 @@ from .loading import (
     model_keys,
     restored_on_failure,
 )
-from .matching import BlockMatcher, check_hidden_size, text_config
+from .matching import BlockMatcher, check_hidden_size, modules_outside_adapters, text_config
 from .merging import merge as merge_steering
 from .merging import merge_other_layers
 from .prompts import unwatch, watch
@@ -150,7 +150,7 @@ class SteeringTuner(ForwardMixin):
     def _check_header(self, config: Any, load: Load) -> None:
         """Checks that the file has exactly the steering tensors of the configuration, before memory is allocated for
         them."""
-        if any(name.startswith("_orig_mod.") for name, _ in self.model.named_modules()):
+        if any(name.startswith("_orig_mod.") for name, _ in modules_outside_adapters(self.model)):
             return  # the keys of a compiled model differ from those of the file; `check_tensors` handles that
         steering, layer_cls = self.steering_config(config), self.steering_layer_cls
         container = f"{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}"
@@ -220,7 +220,8 @@ class SteeringTuner(ForwardMixin):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        has_biases = getattr(config, "bias", "none") != "none"
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict() if has_biases else {}, config)
         steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
         adapter_class, container = layer_cls.adapter_class(steering), f".{layer_cls.layer_name}."
 
@@ -320,7 +321,8 @@ class SteeringTuner(ForwardMixin):
     def named_steering_layers(self) -> list[tuple[str, SteeringLayer]]:
         """The steering layers of this tuner and their names, in order."""
         layer_cls = self.steering_layer_cls
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, layer_cls)]
+        modules = modules_outside_adapters(self.model)
+        return [(name, module) for name, module in modules if isinstance(module, layer_cls)]
 
 
 def _check_adapter_name(adapter_name: str) -> None:
