@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from trl_steer import PostBlockSteeringConfig
 
@@ -16,62 +17,63 @@ from . import models
 from .harness import Result, alternate, compare
 
 NAME = "adapters"
-ROWS, TOKENS = 256, 8
-IN_BATCH, BOUNDED = (1, 8, 64, 256), 64
-NAMED, LOADED, ADDED = 8, 1000, 64
+TOKENS = 8
 ONE, OURS, LORA = "one adapter for all rows", "low rank r=8", "LoRA r=8 all-linear"
 ROUNDS_PER_REPEAT = 3
 
 
 def run(device: str, repeats: int, quick: bool) -> Iterator[Result]:
     """Yields the ratios for batches with several adapters, for many that are loaded, and for adding adapters."""
-    config = models.tiny() if quick else models.eight_blocks()
-    name = "tiny Llama" if quick else "Llama 8 x 512"
-    base, bounded = models.build(config, device).eval(), not quick and device == "cpu"
-    yield from _in_one_batch(base, name, device, repeats, bounded)
-    yield from _loaded(base, name, 2 * NAMED if quick else LOADED, device, repeats, bounded)
+    config, name = (models.tiny(), "tiny Llama") if quick else (models.eight_blocks(), "Llama 8 x 512")
+    base = models.build(config, device).eval()
+    bounded = not quick and device == "cpu"
+    rows, counts, loaded, named, added = (8, (1, 4), 4, 2, 2) if quick else (256, (1, 8, 64, 256), 1000, 8, 64)
+    yield from _in_one_batch(base, name, rows, counts, device, repeats, "<= 1.15" if bounded else None)
+    yield from _loaded(base, name, loaded, named, device, repeats, "<= 1.05" if bounded else None)
     if not quick:
-        config.num_hidden_layers = 16
-        name = "Llama 16 x 512"
-    yield _added(models.build(config, device), name, device, repeats, bounded)
+        config.num_hidden_layers, name = 16, "Llama 16 x 512"
+    yield _added(models.build(config, device), name, added, device, repeats, "<= 0.5" if bounded else None)
 
 
-def _in_one_batch(base: PreTrainedModel, name: str, device: str, repeats: int, bounded: bool) -> Iterator[Result]:
-    model = _adapted(base, max(IN_BATCH))
-    tokens = models.random_tokens(base.config, ROWS, TOKENS, device)
+def _in_one_batch(
+    base: Any, name: str, rows: int, counts: tuple[int, ...], device: str, repeats: int, bound: str | None
+) -> Iterator[Result]:
+    """A batch with several adapters and one with a single active adapter. The bound is that of up to 64 adapters."""
+    model = _adapted(base, max(counts))
+    tokens = models.random_tokens(base.config, rows, TOKENS, device)
     for stage, make in _STAGES.items():
         sides = {ONE: make(model, tokens)}
-        sides |= {_adapters(count): make(model, tokens, _names(count, ROWS)) for count in IN_BATCH}
+        sides |= {_by_row(count): make(model, tokens, _names(count, rows)) for count in counts}
         times = alternate(sides, repeats * ROUNDS_PER_REPEAT, device, warmup=2)
-        for count in IN_BATCH:
-            bound = "<= 1.15" if bounded and count == BOUNDED else None
-            case = f"{stage}, {name}, float32, {ROWS} rows"
-            yield compare(NAME, case, times, _adapters(count), ONE, bound=bound)
+        for count in counts:
+            case = f"{stage}, {name}, float32, {rows} rows"
+            yield compare(NAME, case, times, _by_row(count), ONE, bound=bound if count <= 64 else None)
 
 
 def _loaded(
-    base: PreTrainedModel, name: str, count: int, device: str, repeats: int, bounded: bool
+    base: Any, name: str, loaded: int, named: int, device: str, repeats: int, bound: str | None
 ) -> Iterator[Result]:
-    loaded = {f"{each} adapters loaded": _adapted(base, each) for each in (count, NAMED)}
-    many, few = loaded
-    tokens = models.random_tokens(base.config, NAMED, TOKENS, device)
+    """A batch that names a few adapters, of many that are loaded and of no others."""
+    by_count = {f"{count} adapters loaded": _adapted(base, count) for count in (loaded, named)}
+    many, few = by_count
+    tokens = models.random_tokens(base.config, named, TOKENS, device)
     for stage, make in _STAGES.items():
-        sides = {side: make(model, tokens, _names(NAMED, NAMED)) for side, model in loaded.items()}
+        sides = {side: make(model, tokens, _names(named, named)) for side, model in by_count.items()}
         times = alternate(sides, repeats * ROUNDS_PER_REPEAT, device, warmup=2)
-        case = f"{stage}, {name}, float32, {NAMED} rows of {NAMED} adapters"
-        yield compare(NAME, case, times, many, few, bound="<= 1.05" if bounded else None)
+        case = f"{stage}, {name}, float32, {named} rows of {named} adapters"
+        yield compare(NAME, case, times, many, few, bound=bound)
 
 
-def _added(base: PreTrainedModel, name: str, device: str, repeats: int, bounded: bool) -> Result:
+def _added(base: Any, name: str, count: int, device: str, repeats: int, bound: str | None) -> Result:
     sides = {
-        OURS: lambda: _adapted(base, ADDED),
-        LORA: lambda: _adapted(base, ADDED, models.adapter_config("lora")),
+        OURS: lambda: _adapted(base, count),
+        LORA: lambda: _adapted(base, count, models.adapter_config("lora")),
     }
     times = alternate(sides, repeats, device)
-    return compare(NAME, f"adding {ADDED} adapters, {name}", times, OURS, LORA, bound="<= 0.5" if bounded else None)
+    return compare(NAME, f"adding {count} adapters, {name}", times, OURS, LORA, bound=bound)
 
 
-def _adapted(base: PreTrainedModel, count: int, config: PeftConfig | None = None) -> PeftModel:
+def _adapted(base: Any, count: int, config: PeftConfig | None = None) -> PeftModel:
     """A copy of `base` with the same weights and adapters named by [`_name`], of low rank by default."""
     config = config or PostBlockSteeringConfig(r=8, init_weights=False, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -91,7 +93,7 @@ def _name(index: int) -> str:
     return "default" if index == 0 else f"adapter{index}"
 
 
-def _adapters(count: int) -> str:
+def _by_row(count: int) -> str:
     return f"{count} adapter{'s' * (count > 1)} by row"
 
 

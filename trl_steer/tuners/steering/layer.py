@@ -14,6 +14,7 @@ from torch import nn
 from trl_steer.choices import ALL
 
 from .adapter import SteeringAdapter, current_scaling
+from .adapter_dict import AdapterDict, current_only_adapter
 from .config import SteeringConfig
 from .matching import modules_outside_adapters
 from .merging import MergedTensor, unmerge
@@ -48,7 +49,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, block: nn.Module, config: Any):
         super().__init__()
-        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
+        self.add_module(self.adapter_layer_names[0], AdapterDict())
         # Not a module, since the block would otherwise become a child of its own child.
         self.anatomy = BlockAnatomy(block, config)
         self.merged_adapters: list[str] = []
@@ -66,7 +67,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     @property
     def adapters(self) -> Any:
-        """The adapters of this block by name, an `nn.ModuleDict`."""
+        """The adapters of this block by name, an [`AdapterDict`]."""
         return self._modules[self.adapter_layer_names[0]]
 
     def get_base_layer(self) -> nn.Module:
@@ -89,6 +90,17 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         self.cast_to_block(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         adapter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in [`~peft.tuners.tuners_utils.BaseTunerLayer`]. While an adapter is added, the others stay trainable or
+        frozen as they are."""
+        added = current_only_adapter()
+        if added is None:
+            super().set_adapter(adapter_names, inference_mode)
+            return
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if added in self.adapters:
+            self.adapters[added].requires_grad_(added in self._active_adapter and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -204,7 +216,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         if groups is None:
             groups = self._groups(rows, site)
             if not torch.is_grad_enabled():  # the graph of stacked weights is only good for one backward pass
-                rows.groups[self, site] = groups
+                # Kept from the second time on, because a single forward pass does not need them again.
+                rows.groups[self, site] = groups if (self, site) in rows.groups else None
         for group in groups:
             steered = group.steer(h, steered, None if group.positions == ALL else self._current_prompt())
         return steered.view(hidden.shape)

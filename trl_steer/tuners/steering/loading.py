@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .folder import PREFIX, listed
-from .matching import modules_outside_adapters, text_config
+from .matching import text_config
 from .saving import auxiliary_keys
 
 _COLLECTIONS = (dict, OrderedDict, list, set)
@@ -130,7 +130,7 @@ def model_keys(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.
 @contextmanager
 def restored_on_failure(tuner: Any, adapter_name: str, modified: Collection[torch.Tensor] = ()) -> Iterator[None]:
     """Context manager for an injection. If it fails, restores the model: modules, hooks, weights, `requires_grad` and
-    configurations.
+    configurations. Steering adapters that were there before do not change, and need not be restored.
 
     Args:
         tuner ([`~peft.tuners.tuners_utils.BaseTuner`]): The tuner that injects an adapter.
@@ -138,9 +138,7 @@ def restored_on_failure(tuner: Any, adapter_name: str, modified: Collection[torc
         modified (`Collection[torch.Tensor]`): Weights of the base model that the injection changes in place.
     """
     model = tuner.model
-    # Of the other adapters, an injection only changes `requires_grad`.
-    modules = [module for _, module in modules_outside_adapters(model)]
-    attributes = [_AttributeSnapshot(owner) for owner in (*modules, tuner, tuner.peft_config[adapter_name])]
+    attributes = [_AttributeSnapshot(owner) for owner in (*model.modules(), tuner, tuner.peft_config[adapter_name])]
     flags = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in modified]
     configs = {id(config): config for config in (getattr(model, "config", None), text_config(model)) if config}

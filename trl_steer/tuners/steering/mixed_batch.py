@@ -7,8 +7,9 @@ however many there are and however many rows each of them has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,13 +38,13 @@ class BatchRows:
 
     Attributes:
         unique (`list[str]`): The adapters, sorted.
-        groups (`dict`): The groups of a layer and site, see [`AdapterGroup`].
+        groups (`dict`): What is kept for a layer and site, see [`AdapterGroup`].
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1):
         self.names, self.repeats = list(names), repeats
         self.unique = sorted({*names} - {BASE})
-        self.groups: dict[Any, list[AdapterGroup]] = {}
+        self.groups: dict[Any, list[AdapterGroup] | None] = {}
         indices = {name: index for index, name in enumerate(self.unique)}
         self._owners = torch.tensor([indices.get(name, -1) for name in self.names], dtype=torch.long)
         self._tiles: dict[Any, Tiles] = {}
@@ -96,7 +97,8 @@ class BatchRows:
         return self._tiles[key]
 
 
-class Tiles(NamedTuple):
+@dataclass
+class Tiles:
     """
     Items of a batch, rows or tokens, sorted by adapter and cut into tiles of equal size. What is left of the last tile
     of an adapter is filled with some item, and its result is not used.

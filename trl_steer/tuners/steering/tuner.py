@@ -15,6 +15,7 @@ from torch import nn
 
 from trl_steer.choices import ALL
 
+from .adapter_dict import only_adapter
 from .config import SteeringConfig
 from .folder import PREFIX
 from .forward import ForwardMixin
@@ -131,7 +132,7 @@ class SteeringTuner(ForwardMixin):
             # PEFT takes the part of a key before the prefix as the name of the target.
             marker = f".{self.steering_layer_cls.layer_name}.{self.prefix}"
             state_dict = {k.removeprefix(PREFIX).replace(marker, f".{self.prefix}"): t for k, t in state_dict.items()}
-        with restored_on_failure(self, adapter_name, self._modified_base_weights(config)):
+        with only_adapter(adapter_name), restored_on_failure(self, adapter_name, self._modified_base_weights(config)):
             self.current_load = Load.in_progress()
             if self.current_load is not None:
                 check_base_model_type(config, model, self.steering_config(config).base_model_type)
@@ -190,7 +191,8 @@ class SteeringTuner(ForwardMixin):
         return self.steering_layer_cls(block, text_config(self.model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        with only_adapter(adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # This is the only method that PEFT calls after it has dispatched the model to devices.
         loaded = self.loaded_weights.pop(adapter_name, {})
         for name, layer in self.named_steering_layers():
@@ -219,6 +221,11 @@ class SteeringTuner(ForwardMixin):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        with only_adapter(adapter_name):
+            return cls._checked_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _checked_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         has_biases = getattr(config, "bias", "none") != "none"
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict() if has_biases else {}, config)

@@ -23,10 +23,12 @@ def stack_factors(
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: (adapters, r, d) and (adapters, d, r), where `r` is the largest rank.
     """
-    rank = max(map(len, down))
-    downs = [matrix if len(matrix) == rank else F.pad(matrix, (0, 0, 0, rank - len(matrix))) for matrix in down]
-    ups = [matrix if matrix.shape[1] == rank else F.pad(matrix, (0, rank - matrix.shape[1])) for matrix in up]
-    return torch.stack(downs), scaled(torch.stack(ups), scalings)
+    ranks = [matrix.shape[0] for matrix in down]
+    rank = max(ranks)
+    if min(ranks) < rank:
+        down = [F.pad(matrix, (0, 0, 0, rank - r)) for matrix, r in zip(down, ranks, strict=True)]
+        up = [F.pad(matrix, (0, rank - r)) for matrix, r in zip(up, ranks, strict=True)]
+    return torch.stack([*down]), scaled(torch.stack([*up]), scalings)
 
 
 def scaled(stack: torch.Tensor, scalings: Sequence[float]) -> torch.Tensor:
