@@ -212,11 +212,11 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         h = steered = rows.view(hidden)
-        groups = rows.groups.get((self, site))
+        is_kept = not torch.is_grad_enabled()  # the graph of stacked weights is only good for one backward pass
+        groups = rows.groups.get((self, site)) if is_kept else None
         if groups is None:
             groups = self._groups(rows, site)
-            if not torch.is_grad_enabled():  # the graph of stacked weights is only good for one backward pass
-                # Kept from the second time on, because a single forward pass does not need them again.
+            if is_kept:  # but from the second time on, because a single forward pass does not need them again
                 rows.groups[self, site] = groups if (self, site) in rows.groups else None
         for group in groups:
             steered = group.steer(h, steered, None if group.positions == ALL else self._current_prompt())

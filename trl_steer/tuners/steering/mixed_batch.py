@@ -46,7 +46,7 @@ class BatchRows:
         self.unique = sorted({*names} - {BASE})
         self.groups: dict[Any, list[AdapterGroup] | None] = {}
         indices = {name: index for index, name in enumerate(self.unique)}
-        self._owners = torch.tensor([indices.get(name, -1) for name in self.names], dtype=torch.long)
+        self._owners = torch.tensor([indices.get(name, -1) for name in self.names], dtype=torch.long, device="cpu")
         self._tiles: dict[Any, Tiles] = {}
 
     def names_for(self, count: int, is_flat: bool) -> list[str]:
@@ -85,15 +85,16 @@ class BatchRows:
         """
         key = (members, hidden.device, key)
         if key not in self._tiles:
-            renumbered = torch.full((len(self.unique) + 1,), -1)  # the last one is for rows without an adapter
-            renumbered[list(members)] = torch.arange(len(members))
-            owners = renumbered[self._owners]
-            if tokens is not None:
-                tokens = tokens.cpu()
-                of_tokens = torch.full((hidden.shape[:2].numel(),), -1)
-                of_tokens[tokens] = owners[tokens // hidden.shape[1]]
-                owners = of_tokens
-            self._tiles[key] = Tiles.of(owners, hidden.device)
+            with torch.device("cpu"):
+                renumbered = torch.full((len(self.unique) + 1,), -1)  # the last one is for rows without an adapter
+                renumbered[list(members)] = torch.arange(len(members))
+                owners = renumbered[self._owners]
+                if tokens is not None:
+                    tokens = tokens.cpu()
+                    of_tokens = torch.full((hidden.shape[:2].numel(),), -1)
+                    of_tokens[tokens] = owners[tokens // hidden.shape[1]]
+                    owners = of_tokens
+                self._tiles[key] = Tiles.of(owners, hidden.device)
         return self._tiles[key]
 
 
@@ -151,7 +152,7 @@ class Tiles:
         if not self.owners:
             return steered
         tiles = h if self.index is None else h.index_select(0, self.index)
-        edited = update(tiles.reshape(len(self.owners), -1, h.shape[-1])).view(tiles.shape)
+        edited = update(tiles.reshape(len(self.owners), -1, h.shape[-1])).reshape(tiles.shape)
         if self.index is None:
             return edited
         edited = edited.index_select(0, self.places)
