@@ -17,7 +17,8 @@ class ForwardMixin(BaseTuner):
     """The part of a tuner that PEFT calls in forward passes and in `generate`."""
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        """Like [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
+        """Like [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch. A change of an
+        adapter while `generate` runs counts from the next call on."""
         if adapter_names is None:
             return super().forward(*args, **kwargs)
         with self._enable_peft_forward_hooks(adapter_names=adapter_names):
