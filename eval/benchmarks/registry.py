@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
-from . import alpaca, evaluation, gpu, inference, loading, projection, report, startup, training
+from . import adapters, alpaca, evaluation, gpu, inference, loading, projection, report, startup, training
 from .harness import Result, use_clock
 
 BENCHMARKS = {
-    module.NAME: module for module in (training, inference, gpu, loading, projection, evaluation, alpaca, startup)
+    module.NAME: module
+    for module in (training, inference, adapters, gpu, loading, projection, evaluation, alpaca, startup)
 }
 
 

@@ -31,6 +31,17 @@ def test_sum_is_rounded_once_and_gradients_have_the_dtypes_of_their_tensors(dtyp
     torch.testing.assert_close(vector.grad.double(), exact, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 8), (1, 5, 1), (3, 5, 8)])
+def test_vectors_of_rows_broadcast(shape):
+    h, _ = inputs(torch.bfloat16, torch.float32)
+    vector = torch.randn(shape, requires_grad=True)
+    grad_output = torch.randn(3, 5, 8).bfloat16()
+    output = vector_update(h, vector, 0.7)
+    assert torch.equal(output, torch.add(h, vector, alpha=0.7).bfloat16())
+    output.backward(grad_output)
+    torch.testing.assert_close(vector.grad, 0.7 * grad_output.float().sum_to_size(shape))
+
+
 def test_second_derivatives_exist():
     h, vector = inputs(torch.float64, torch.float64, (2, 3))
     assert gradcheck(lambda h, v: vector_update(h, v, 0.7), (h, vector))

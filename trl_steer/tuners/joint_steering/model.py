@@ -20,7 +20,7 @@ from torch import nn
 from ..post_block_steering import PostBlockSteeringConfig
 from ..steering.folder import PREFIX
 from ..steering.load_in_progress import Load
-from ..steering.matching import block_index, find_blocks, name_matches
+from ..steering.matching import block_index, find_blocks, modules_outside_adapters, name_matches
 from ..steering.sites import linear_layers
 from ..steering.sums import check_summable, summed_config, write_sums
 from ..steering.tuner import SteeringTuner
@@ -127,7 +127,7 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         lora_layers = {
             name: module
-            for name, module in model.named_modules()
+            for name, module in modules_outside_adapters(model)
             if isinstance(module, LoraLayer) and adapter_name in module.scaling
         }
         for name, layer in self.named_steering_layers():
@@ -138,7 +138,7 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         model: Any = self.model
-        targets, names = peft_config.target_modules, [name for name, _ in model.named_modules()]
+        targets, names = peft_config.target_modules, [name for name, _ in modules_outside_adapters(model)]
         if isinstance(targets, (list, set)) and not all(
             any(name_matches(n, target) for n in names) for target in targets
         ):
@@ -166,7 +166,7 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             return
         matcher = self._matcher(config)
-        others = [name for name, _ in model.named_modules() if not matcher.is_block(name)]
+        others = [name for name, _ in modules_outside_adapters(model) if not matcher.is_block(name)]
         if not any(self._check_target_module_exists(config, name) for name in others):
             raise ValueError(
                 f"No module for LoRA matches target_modules={targets}, exclude_modules={config.exclude_modules}, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.activations import ACT2FN
 from ..steering.adapter import AffineUpdate, SteeringAdapter
 from ..steering.layer import SteeringLayer
 from ..steering.ops.low_rank import low_rank_update
+from ..steering.ops.stacked import scaled, stack_factors, stacked_low_rank_update
 from ..steering.ops.vector import vector_update
 from ..steering.sites import Site
 from .config import AdditiveSteeringConfig
@@ -38,6 +40,7 @@ class LowRankAdapter(SteeringAdapter):
 
     def __init__(self, width: int, config: AdditiveSteeringConfig):
         super().__init__(width, config)
+        self.activation_name = config.activation
         self.activation = None if config.activation is None else ACT2FN[config.activation]
         self.dropout = config.dropout
         self.init_scale = config.init_scale
@@ -72,6 +75,15 @@ class LowRankAdapter(SteeringAdapter):
             # backward pass, and a block may modify it in place (Falcon).
             residual = h
         return low_rank_update(h, down, up, scaling, self.activation, dropout, residual)
+
+    def batch_key(self) -> Hashable | None:
+        down = self.down
+        return None if down.is_meta else (LowRankAdapter, self.activation_name, down.dtype)
+
+    @staticmethod
+    def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
+        down, up = stack_factors([each.down for each in adapters], [each.up for each in adapters], scalings)
+        return partial(stacked_low_rank_update, down=down, up=up, activation=adapters[0].activation)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         if self.activation is not None:
@@ -127,6 +139,15 @@ class VectorAdapter(SteeringAdapter):
         base, vector = h if residual is None else residual, self.vector
         scaling = self.scaling if scaling is None else scaling
         return vector_update(base, vector, scaling)
+
+    def batch_key(self) -> Hashable | None:
+        vector = self.vector
+        return None if vector.is_meta else (VectorAdapter, vector.dtype)
+
+    @staticmethod
+    def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
+        offsets = scaled(torch.stack([each.vector for each in adapters]), scalings).unsqueeze(1)
+        return partial(vector_update, vector=offsets, scaling=1.0)
 
     def merge(self, site: Site, scaling: float) -> AffineUpdate:
         return AffineUpdate(offset=scaling * self.vector.data.double())

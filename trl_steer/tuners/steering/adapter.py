@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ class SteeringAdapter(nn.Module):
     parametrizations work.
 
     A subclass implements [`shapes`], [`reset_parameters`] and [`forward`], and optionally [`merge`],
-    [`summed_fields`], [`write_sum`] and [`penalty`].
+    [`summed_fields`], [`write_sum`], [`penalty`], and [`batch_key`] with [`batch_update`].
 
     Args:
         width (`int`): Size `d` of the hidden state at the site.
@@ -147,6 +147,24 @@ class SteeringAdapter(nn.Module):
 
         Returns:
             `torch.Tensor`: (..., d), dtype of `h`.
+        """
+        raise NotImplementedError
+
+    def batch_key(self) -> Hashable | None:
+        """What adapters have in common that [`batch_update`] computes together, in a batch in which each row has its
+        own adapter (`adapter_names`). Default: `None`, the adapter is called for its own rows."""
+        return None
+
+    @staticmethod
+    def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The updates of adapters with the same `batch_key` as one function, with their current weights.
+
+        Args:
+            adapters (`Sequence[SteeringAdapter]`): The adapter of each entry. An adapter may have several.
+            scalings (`Sequence[float]`): Factor on the update of each entry.
+
+        Returns:
+            `Callable`: Maps the hidden state (entries, n, d) to the steered one.
         """
         raise NotImplementedError
 

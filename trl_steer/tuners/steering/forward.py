@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from .matching import modules_outside_adapters
 from .prompts import generation, is_watched
 from .rows import adapters_by_row
 
@@ -16,7 +17,8 @@ class ForwardMixin(BaseTuner):
     """The part of a tuner that PEFT calls in forward passes and in `generate`."""
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        """Like [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch."""
+        """Like [`~peft.PeftModel`]: `adapter_names` selects the adapter for each row of the batch. A change of an
+        adapter while `generate` runs counts from the next call on."""
         if adapter_names is None:
             return super().forward(*args, **kwargs)
         with self._enable_peft_forward_hooks(adapter_names=adapter_names):
@@ -40,6 +42,6 @@ class ForwardMixin(BaseTuner):
             if unknown:
                 raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
             types = (self.tuner_layer_cls, AuxiliaryTrainingWrapper)
-            layers = [module for module in self.modules() if isinstance(module, types)]
+            layers = [module for _, module in modules_outside_adapters(self) if isinstance(module, types)]
             with adapters_by_row(layers, adapter_names, args, kwargs, self.model):
                 yield

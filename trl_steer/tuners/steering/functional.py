@@ -17,6 +17,7 @@ from .config import check_number
 from .folder import AdapterFolder
 from .layer import SteeringLayer
 from .loading import check_base_model_type
+from .matching import modules_outside_adapters
 
 _LOCK = threading.Lock()
 
@@ -163,7 +164,7 @@ def _tuner_class(config: Any) -> Any:
 
 
 def _layers(model: nn.Module) -> list[SteeringLayer]:
-    return [module for module in model.modules() if isinstance(module, SteeringLayer)]
+    return [module for _, module in modules_outside_adapters(model) if isinstance(module, SteeringLayer)]
 
 
 def _is_merged(model: nn.Module, adapter_name: str) -> bool:

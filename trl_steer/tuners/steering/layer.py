@@ -14,8 +14,11 @@ from torch import nn
 from trl_steer.choices import ALL
 
 from .adapter import SteeringAdapter, current_scaling
+from .adapter_dict import AdapterDict, current_only_adapter
 from .config import SteeringConfig
+from .matching import modules_outside_adapters
 from .merging import MergedTensor, unmerge
+from .mixed_batch import AdapterGroup, BatchRows
 from .positions import edit_tokens
 from .prompts import Prompt, current_prompt
 from .site_hook import SiteHook
@@ -46,7 +49,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, block: nn.Module, config: Any):
         super().__init__()
-        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
+        self.add_module(self.adapter_layer_names[0], AdapterDict())
         # Not a module, since the block would otherwise become a child of its own child.
         self.anatomy = BlockAnatomy(block, config)
         self.merged_adapters: list[str] = []
@@ -64,7 +67,7 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     @property
     def adapters(self) -> Any:
-        """The adapters of this block by name, an `nn.ModuleDict`."""
+        """The adapters of this block by name, an [`AdapterDict`]."""
         return self._modules[self.adapter_layer_names[0]]
 
     def get_base_layer(self) -> nn.Module:
@@ -86,7 +89,18 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
             self._hooked.add(name)
         self.cast_to_block(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        adapter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in [`~peft.tuners.tuners_utils.BaseTunerLayer`]. While an adapter is added, the others stay trainable or
+        frozen as they are."""
+        added = current_only_adapter()
+        if added is None:
+            super().set_adapter(adapter_names, inference_mode)
+            return
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if added in self.adapters:
+            self.adapters[added].requires_grad_(added in self._active_adapter and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -103,6 +117,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
 
     def _remove_hooks(self, sites: set[str]) -> None:
         """Removes the hooks of sites, also from the copies that PEFT makes for `modules_to_save`."""
+        if not sites:
+            return
         for module in self.get_base_layer().modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if self._is_own_hook(hook, sites)]:
@@ -115,12 +131,12 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         return isinstance(owner, SiteHook) and owner.layer_name == self.layer_name and owner.site.name in sites
 
     def forward(
-        self, hidden: torch.Tensor, adapter_names: Sequence[str] | None = None, site: str | None = None
+        self, hidden: torch.Tensor, adapter_names: Sequence[str] | BatchRows | None = None, site: str | None = None
     ) -> torch.Tensor:
         """
         Args:
             hidden (`torch.Tensor`): (batch, sequence, d) or (batch * sequence, d), the hidden state at the site.
-            adapter_names (`Sequence[str]`, *optional*):
+            adapter_names (`Sequence[str]` or [`BatchRows`], *optional*):
                 The adapter for each row of `hidden`, `"__base__"` for none. Default: the active adapters for all rows.
             site (`str`, *optional*): Apply only the adapters at this site. Default: all adapters.
 
@@ -130,7 +146,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return hidden
         if adapter_names is not None:
-            return self._forward_per_row(hidden, adapter_names, site)
+            rows = adapter_names if isinstance(adapter_names, BatchRows) else BatchRows(adapter_names)
+            return self._forward_per_row(hidden, rows, site)
         # Plain dictionaries and few calls, because this runs in every block for every decoded token.
         adapters = self.adapters._modules
         active, merged, steered = self._active_adapter, self.merged_adapters, None
@@ -188,27 +205,36 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
                 "or call `unmerge_adapter`."
             )
 
-    def _forward_per_row(self, hidden: torch.Tensor, adapter_names: Sequence[str], site: str | None) -> torch.Tensor:
+    @torch.compiler.disable  # rows are sorted on the CPU
+    def _forward_per_row(self, hidden: torch.Tensor, rows: BatchRows, site: str | None) -> torch.Tensor:
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(adapter_names) != len(hidden):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(hidden)} respectively."
-            )
-        steered = hidden.clone()
-        for name in sorted(set(adapter_names) & set(self.adapters)):
-            adapter = self.adapters[name]
-            if site is None or adapter.site == site:
-                scaling, is_own = self.effective_scaling(name, adapter), [wanted == name for wanted in adapter_names]
-                rows = torch.tensor(is_own, device=hidden.device)
-                if adapter.positions == ALL:
-                    steered[rows] = adapter(hidden[rows], scaling=scaling)
-                else:
-                    steered = edit_tokens(adapter, hidden, steered, scaling, self._current_prompt(), rows)
-        return steered
+        h = steered = rows.view(hidden)
+        is_kept = not torch.is_grad_enabled()  # the graph of stacked weights is only good for one backward pass
+        groups = rows.groups.get((self, site)) if is_kept else None
+        if groups is None:
+            groups = self._groups(rows, site)
+            if is_kept:  # but from the second time on, because a single forward pass does not need them again
+                rows.groups[self, site] = groups if (self, site) in rows.groups else None
+        for group in groups:
+            steered = group.steer(h, steered, None if group.positions == ALL else self._current_prompt())
+        return steered.view(hidden.shape)
+
+    def _groups(self, rows: BatchRows, site: str | None) -> list[AdapterGroup]:
+        """The adapters of a batch that this block has, by what they have in common."""
+        members: dict[Any, list[tuple[int, SteeringAdapter, float]]] = {}
+        adapters: dict[str, Any] = self.adapters._modules
+        for index, name in enumerate(rows.unique):
+            adapter = adapters.get(name)
+            if adapter is not None and (site is None or adapter.site == site):
+                # Code of others around its forward, such as offloading or pruning, runs only if the adapter is called.
+                is_wrapped = adapter._forward_pre_hooks or adapter._forward_hooks or "forward" in vars(adapter)
+                kind = None if is_wrapped else adapter.batch_key()
+                key = (name, None) if kind is None else (kind, adapter.positions)
+                members.setdefault(key, []).append((index, adapter, self.effective_scaling(name, adapter)))
+        return [AdapterGroup(rows, group, key[1] is None) for key, group in members.items()]
 
     def effective_scaling(self, name: str, adapter: Any) -> float:
         """The scaling of an adapter in the current context."""
@@ -271,12 +297,11 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
         Offloaded weights are on the meta device, so that the execution device is read from accelerate's hook.
         Quantized weights are integers, so that the dtype is that of norms and biases.
         """
-        block = self.get_base_layer()
-        own = {id(parameter) for parameter in self.parameters()}
-        weights = [p for p in block.parameters() if id(p) not in own]
+        modules = [module for _, module in modules_outside_adapters(self.get_base_layer())]
+        weights = [p for module in modules for p in module._parameters.values() if p is not None]
         dtype = next((p.dtype for p in weights if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
         device = next((p.device for p in weights if not p.is_meta), None)
-        for module in block.modules():
+        for module in modules:
             execution_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
             if execution_device is not None:
                 device = torch.device(execution_device)

@@ -130,7 +130,7 @@ def model_keys(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.
 @contextmanager
 def restored_on_failure(tuner: Any, adapter_name: str, modified: Collection[torch.Tensor] = ()) -> Iterator[None]:
     """Context manager for an injection. If it fails, restores the model: modules, hooks, weights, `requires_grad` and
-    configurations.
+    configurations. Steering adapters that were there before do not change, and need not be restored.
 
     Args:
         tuner ([`~peft.tuners.tuners_utils.BaseTuner`]): The tuner that injects an adapter.

@@ -8,10 +8,11 @@ transformers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 # The prefix of all names in a module wrapped by `torch.compile`. PEFT removes it in some places but not in others.
@@ -35,6 +36,28 @@ def check_hidden_size(model: nn.Module) -> None:
             f"{type(model).__name__} has no transformers configuration with an integer `hidden_size`, so the width of "
             "its residual stream is unknown. Give the model a `config` with `hidden_size`."
         )
+
+
+def modules_outside_adapters(
+    model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Like `model.named_modules()`, but of adapters only the containers (`nn.ModuleDict`, ...), so that it takes the
+    same time however many adapters there are."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
+    yield prefix, model
+    containers: tuple[str, ...] = ()
+    if isinstance(model, BaseTunerLayer):
+        containers = (*model.adapter_layer_names, *model.other_param_names)
+    for name, child in model._modules.items():
+        full_name = f"{prefix}.{name}" if prefix else name
+        if name in containers and child is not None and child not in seen:
+            seen.add(child)
+            yield full_name, child
+        elif child is not None:
+            yield from modules_outside_adapters(child, full_name, seen)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -61,7 +84,7 @@ def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not _outermost_lists(decoder):
         decoder = model  # ModernBERT calls its output layer `decoder`
-    prefix = next((name for name, module in model.named_modules() if module is decoder), None)
+    prefix = next((name for name, module in modules_outside_adapters(model) if module is decoder), None)
     if count is None or prefix is None:
         return {}
     return {
@@ -74,7 +97,7 @@ def _candidate_lists(model: Any) -> dict[str, nn.ModuleList]:
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Module lists that are not inside another one, which excludes a block's list of experts."""
     lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_outside_adapters(model):
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
     return lists

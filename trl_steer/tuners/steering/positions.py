@@ -33,14 +33,24 @@ def chosen_tokens(prompt: torch.Tensor, positions: str) -> tuple[torch.Tensor, t
     return prompt & (rank < count), prompt & (rank >= length - count)
 
 
+def prompt_tokens(adapter: SteeringAdapter, hidden: torch.Tensor, prompt: Prompt) -> list[torch.Tensor]:
+    """The tokens of this forward pass that an adapter edits, as indices into (batch * length): in one tensor, or in
+    two for the first and the last tokens if the adapter has different weights for them.
+
+    Raises:
+        ValueError: `hidden` does not have one entry for each token of the forward pass.
+    """
+    if hidden.shape[:-1].numel() != prompt.batch * prompt.length:
+        raise ValueError(
+            f"positions={adapter.positions!r} cannot be used here: the hidden state of shape {tuple(hidden.shape)} "
+            f"does not match the input of the model, {prompt.batch} rows of {prompt.length} tokens."
+        )
+    return prompt.indices(adapter.positions, adapter.parts, hidden.device)
+
+
 @torch.compiler.disable  # the number of tokens depends on the data
 def edit_tokens(
-    adapter: SteeringAdapter,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    scaling: float,
-    prompt: Prompt,
-    rows: torch.Tensor | None = None,
+    adapter: SteeringAdapter, hidden: torch.Tensor, residual: torch.Tensor | None, scaling: float, prompt: Prompt
 ) -> torch.Tensor:
     """Like `adapter(hidden, residual, scaling)`, but only at the adapter's positions.
 
@@ -50,7 +60,6 @@ def edit_tokens(
         residual (`torch.Tensor`, *optional*): Shape of `hidden`. The update is added to it. Default: `hidden`.
         scaling (`float`): Factor on the update.
         prompt ([`Prompt`]): The prompt of each row.
-        rows (`torch.Tensor`, *optional*): Boolean for each entry of `hidden`, whether to edit it. Default: all.
 
     Raises:
         ValueError: `hidden` does not have one entry for each token of the forward pass.
@@ -59,15 +68,8 @@ def edit_tokens(
     if prompt.is_over:
         return base
     flat, out = hidden.reshape(-1, hidden.shape[-1]), base.reshape(-1, hidden.shape[-1])
-    if len(flat) != prompt.batch * prompt.length:
-        raise ValueError(
-            f"positions={adapter.positions!r} cannot be used here: the hidden state of shape {tuple(hidden.shape)} "
-            f"does not match the input of the model, {prompt.batch} rows of {prompt.length} tokens."
-        )
-    groups = prompt.indices(adapter.positions, adapter.parts, hidden.device)
+    groups = prompt_tokens(adapter, hidden, prompt)
     for part, index in enumerate(groups):
-        if rows is not None:
-            index = index[rows[index // (len(flat) // len(rows))]]
         of_part = {"part": part} if len(groups) > 1 else {}
         added_to = None if residual is None else out[index]
         out = out.index_copy(0, index, adapter(flat[index], added_to, scaling=scaling, **of_part))

@@ -7,33 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from .layer import SteeringLayer
+from .mixed_batch import BatchRows
+
 # A context variable, so that each thread or task that runs the model sees its own names.
-_NAMES: ContextVar[_Rows | None] = ContextVar("adapter_names", default=None)
-
-
-class _Rows:
-    """
-    The adapter of each row.
-
-    Args:
-        names (`Sequence[str]`): The name of the adapter for each row of the batch.
-        repeats (`int`): How often `generate` repeats each row, for beams or for several sequences.
-    """
-
-    def __init__(self, names: Sequence[str], repeats: int):
-        self.names = list(names)
-        self.repeated = [name for name in names for _ in range(repeats)]
-
-    def for_rows(self, count: int, is_flat: bool) -> list[str]:
-        """The names for the rows of a tensor. If `is_flat`, its rows are tokens, as in the input of OPT's MLP and of
-        shared experts."""
-        names = self.repeated if count == len(self.repeated) else self.names
-        if is_flat and names and count % len(names) == 0:
-            return [name for name in names for _ in range(count // len(names))]
-        return names
+_ROWS: ContextVar[BatchRows | None] = ContextVar("adapter_names", default=None)
 
 
 @contextmanager
@@ -51,23 +33,25 @@ def adapters_by_row(
     own = getattr(model, "generation_config", None)
     configs = [c for c in (*args, (kwargs or {}).get("generation_config"), own) if isinstance(c, GenerationConfig)]
     repeats = max(_argument(kwargs or {}, configs, name) for name in ("num_beams", "num_return_sequences"))
-    token = _NAMES.set(_Rows(names, repeats))
+    token = _ROWS.set(BatchRows(names, repeats))
     handles = [layer.register_forward_pre_hook(_pass_names, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        _NAMES.reset(token)
+        _ROWS.reset(token)
 
 
+@torch.compiler.disable  # torch.compile cannot trace context variables
 def _pass_names(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-    rows = _NAMES.get()
+    rows = _ROWS.get()
     # The call may come from another thread, which did not pass names. While another thread removes its hook, PyTorch
     # may call it without keyword arguments; this thread has its own hook, which passes the names.
     if rows is None or kwargs is None:
         return None
-    return args, {**kwargs, "adapter_names": rows.for_rows(len(args[0]), args[0].dim() == 2)}
+    names = rows if isinstance(module, SteeringLayer) else rows.names_for(len(args[0]), args[0].dim() == 2)
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _argument(kwargs: dict, configs: list[GenerationConfig], name: str) -> int:

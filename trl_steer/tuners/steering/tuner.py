@@ -15,6 +15,7 @@ from torch import nn
 
 from trl_steer.choices import ALL
 
+from .adapter_dict import only_adapter
 from .config import SteeringConfig
 from .folder import PREFIX
 from .forward import ForwardMixin
@@ -29,7 +30,7 @@ from .loading import (
     model_keys,
     restored_on_failure,
 )
-from .matching import BlockMatcher, check_hidden_size, text_config
+from .matching import BlockMatcher, check_hidden_size, modules_outside_adapters, text_config
 from .merging import merge as merge_steering
 from .merging import merge_other_layers
 from .prompts import unwatch, watch
@@ -131,7 +132,7 @@ class SteeringTuner(ForwardMixin):
             # PEFT takes the part of a key before the prefix as the name of the target.
             marker = f".{self.steering_layer_cls.layer_name}.{self.prefix}"
             state_dict = {k.removeprefix(PREFIX).replace(marker, f".{self.prefix}"): t for k, t in state_dict.items()}
-        with restored_on_failure(self, adapter_name, self._modified_base_weights(config)):
+        with only_adapter(adapter_name), restored_on_failure(self, adapter_name, self._modified_base_weights(config)):
             self.current_load = Load.in_progress()
             if self.current_load is not None:
                 check_base_model_type(config, model, self.steering_config(config).base_model_type)
@@ -150,7 +151,7 @@ class SteeringTuner(ForwardMixin):
     def _check_header(self, config: Any, load: Load) -> None:
         """Checks that the file has exactly the steering tensors of the configuration, before memory is allocated for
         them."""
-        if any(name.startswith("_orig_mod.") for name, _ in self.model.named_modules()):
+        if any(name.startswith("_orig_mod.") for name, _ in modules_outside_adapters(self.model)):
             return  # the keys of a compiled model differ from those of the file; `check_tensors` handles that
         steering, layer_cls = self.steering_config(config), self.steering_layer_cls
         container = f"{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}"
@@ -190,7 +191,8 @@ class SteeringTuner(ForwardMixin):
         return self.steering_layer_cls(block, text_config(self.model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        with only_adapter(adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # This is the only method that PEFT calls after it has dispatched the model to devices.
         loaded = self.loaded_weights.pop(adapter_name, {})
         for name, layer in self.named_steering_layers():
@@ -219,8 +221,14 @@ class SteeringTuner(ForwardMixin):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        with only_adapter(adapter_name):
+            return cls._checked_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _checked_for_load(cls, model, config, adapter_name, state_dict):
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        has_biases = getattr(config, "bias", "none") != "none"
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict() if has_biases else {}, config)
         steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
         adapter_class, container = layer_cls.adapter_class(steering), f".{layer_cls.layer_name}."
 
@@ -320,7 +328,8 @@ class SteeringTuner(ForwardMixin):
     def named_steering_layers(self) -> list[tuple[str, SteeringLayer]]:
         """The steering layers of this tuner and their names, in order."""
         layer_cls = self.steering_layer_cls
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, layer_cls)]
+        modules = modules_outside_adapters(self.model)
+        return [(name, module) for name, module in modules if isinstance(module, layer_cls)]
 
 
 def _check_adapter_name(adapter_name: str) -> None:

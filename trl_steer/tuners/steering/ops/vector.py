@@ -10,7 +10,7 @@ def vector_update(h: torch.Tensor, vector: torch.Tensor, scaling: float) -> torc
 
     Args:
         h (`torch.Tensor`): (..., d).
-        vector (`torch.Tensor`): (d,).
+        vector (`torch.Tensor`): (d,), or another shape that broadcasts to that of `h`.
         scaling (`float`): Factor on the vector.
 
     Returns:
@@ -33,19 +33,23 @@ class _MixedUpdate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, vector, ctx.scaling = inputs
-        ctx.dtype = vector.dtype
+        ctx.dtype, ctx.shape = vector.dtype, vector.shape
 
     @staticmethod
     def backward(ctx, grad):
         grad_vector = None
         if ctx.needs_input_grad[1]:
-            summed = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.promote_types(grad.dtype, ctx.dtype))
-            grad_vector = (ctx.scaling * summed).to(ctx.dtype)
+            shape = (1,) * (grad.dim() - len(ctx.shape)) + tuple(ctx.shape)
+            summed = [axis for axis, size in enumerate(shape) if size != grad.shape[axis]]
+            promoted = torch.promote_types(grad.dtype, ctx.dtype)  # in which the sum does not copy the gradient
+            grad_vector = grad.sum(summed, dtype=promoted) if summed else grad.to(promoted)
+            grad_vector = (ctx.scaling * grad_vector).reshape(ctx.shape).to(ctx.dtype)
         return grad if ctx.needs_input_grad[0] else None, grad_vector, None
 
     @staticmethod
     def vmap(info, in_dims, h, vector, scaling):
         h = h.expand(info.batch_size, *h.shape) if in_dims[0] is None else h.movedim(in_dims[0], 0)
         if in_dims[1] is not None:
-            vector = vector.movedim(in_dims[1], 0).view(info.batch_size, *[1] * (h.dim() - 2), -1)
+            vector = vector.movedim(in_dims[1], 0)
+            vector = vector.reshape(len(vector), *[1] * (h.dim() - vector.dim()), *vector.shape[1:])
         return torch.add(h, vector, alpha=scaling).to(h.dtype), 0
