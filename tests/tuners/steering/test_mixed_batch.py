@@ -300,6 +300,18 @@ def test_adapter_with_hooks_of_others_is_called():
     assert seen == adapters_of(model, "a")
 
 
+def test_adapter_in_training_mode_keeps_its_dropout():
+    model = many({"a": ("low_rank", {"dropout": 0.5}), "b": ("low_rank", {})}, num_hidden_layers=1)
+    (layer,) = layers_of(model)
+    h, names = torch.randn(2, 3, HIDDEN_SIZE), ["a", "b"]
+    first, second = layer(h, adapter_names=names), layer(h, adapter_names=names)
+    assert torch.equal(first, second)
+    layer.train()
+    first, second = layer(h, adapter_names=names), layer(h, adapter_names=names)
+    assert not torch.allclose(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
 def test_weights_that_are_not_there_are_an_error():
     model = many({"a": ("low_rank", {}), "b": ("vector", {})}, num_hidden_layers=1)
     adapters_of(model, "a")[0].to("meta")

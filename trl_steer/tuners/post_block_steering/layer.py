@@ -78,7 +78,8 @@ class LowRankAdapter(SteeringAdapter):
 
     def batch_key(self) -> Hashable | None:
         down = self.down
-        return None if down.is_meta else (LowRankAdapter, self.activation_name, down.dtype)
+        draws = self.training and self.dropout
+        return None if draws or down.is_meta else (LowRankAdapter, self.activation_name, down.dtype)
 
     @staticmethod
     def batch_update(adapters: Sequence[Any], scalings: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
