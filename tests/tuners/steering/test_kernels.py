@@ -323,3 +323,12 @@ def test_training_a_model_gives_the_losses_and_gradients_of_the_plain_form():
             loss.backward()
         results[form] = loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(results["triton"], results["plain"], rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_model_equals_eager_without_graph_breaks():
+    model = steer(tiny_model(), "low_rank", r=4, activation="silu").to(DEVICE).eval()
+    inputs = {name: tensor.to(DEVICE) for name, tensor in tiny_inputs().items()}
+    with torch.no_grad(), steering_operator("triton"):
+        expected = model(**inputs).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs).logits, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -135,6 +136,9 @@ class JointSteeringModel(SteeringTuner, LoraModel):  # type: ignore[misc] # LoRA
             own = [lora for lora_name, lora in lora_layers.items() if lora_name.startswith(block)]
             for lora in (own or list(lora_layers.values()))[:1]:
                 layer.track_lora_scaling(adapter_name, lora)  # type: ignore[operator]
+
+    def _other_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return LoraModel._enable_peft_forward_hooks(self, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         model: Any = self.model

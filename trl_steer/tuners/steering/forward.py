@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -29,10 +29,14 @@ class ForwardMixin(BaseTuner):
         with generation(self.model, args, kwargs) if is_watched(self.model) else nullcontext():
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
+    def _other_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """The forward hooks of a tuner of PEFT that is a base class too. Not found by `getattr`, which torch.compile
+        does not trace."""
+        return nullcontext()
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        others = getattr(super(), "_enable_peft_forward_hooks", None)
-        with others(*args, **kwargs) if others else nullcontext():
+        with self._other_forward_hooks(*args, **kwargs):
             if adapter_names is None:
                 yield
                 return
