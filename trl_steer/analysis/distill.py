@@ -1,0 +1,176 @@
+"""Adapters in closed form from a fine-tuned model, without a gradient step.
+
+Block by block, a regression finds the update that moves the output of the base model, with the adapter in all earlier
+blocks, closest to that of the fine-tuned model. So the update of a block also corrects the errors of earlier ones.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from ..tuners.post_block_steering import PostBlockSteeringConfig
+from .block_by_block import BlockByBlock
+from .moments import Moments
+from .regression import RANK_TOLERANCE, RIDGES, Factors, choose, constant_error, explained_share, map_error
+from .splits import Batches, Split
+from .states import base_of, check_same_shape
+from .targets import LastLinearTarget, SteeringTarget
+
+Progress = Callable[[int, int], None]
+
+
+class Distilled(NamedTuple):
+    """
+    A distilled adapter.
+
+    Attributes:
+        model ([`~peft.PeftModel`]): The base model with the adapter, which `save_pretrained` writes.
+        report (`list[dict]`):
+            A row for each block with an update, measured on the held-out tokens: `block`, its index; `rank` and
+            `ridge`, the rank and the penalty (not for vectors); `before`, the distance of the block's output from that
+            of the fine-tuned model without this update, as a share of the fine-tuned model's norm (root mean squares
+            over tokens); `after`, the same with the update; `explained`, the share of the squared distance that the
+            update removes.
+    """
+
+    model: PeftModel
+    report: list[dict[str, Any]]
+
+
+def distill(
+    base: Any,
+    tuned: Any,
+    split: Split,
+    config: PostBlockSteeringConfig | LoraConfig,
+    choose_rank: bool = False,
+    ridges: Sequence[float] = RIDGES,
+    tolerance: float = RANK_TOLERANCE,
+    progress: Progress = lambda done, total: None,
+) -> Distilled:
+    """
+    Finds the adapter of a base model that explains a fine-tuned one best.
+
+    The states of each batch are kept in a temporary folder, two (tokens, d) for each model, and never in memory.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]): The base model, to which the adapter is added.
+        tuned (`nn.Module`): A model fine-tuned from it, or another copy of it with an adapter.
+        split ([`Split`]): Batches to fit on, to choose by, and to measure on.
+        config ([`PostBlockSteeringConfig`] or [`~peft.LoraConfig`]):
+            The adapter: linear steering of all tokens; or LoRA, of which `r`, `layers_to_transform` and `task_type`
+            are used, on the last linear layer of each block's MLP.
+        choose_rank (`bool`, defaults to `False`):
+            Whether to choose the rank of each block, at most `config.r`, by the error on the validation tokens. The
+            adapter then has a `rank_pattern`. Only for low-rank steering.
+        ridges (`Sequence[float]`): The penalties to choose from, by the error on the validation tokens.
+        tolerance (`float`): See [`regression.choose`].
+        progress (`Callable`, *optional*): Called with the number of finished blocks and that of all blocks.
+
+    Raises:
+        ValueError: The models have different shapes or are the same object, the configuration cannot be used, or there
+            are too few tokens.
+    """
+    check_same_shape(base, tuned)
+    if base_of(base) is base_of(tuned):
+        raise ValueError("The base model and the fine-tuned one are the same object. Load the base model twice.")
+    target: Any = (
+        LastLinearTarget(config, base, split.fit[0]) if isinstance(config, LoraConfig) else SteeringTarget(config)
+    )
+    if choose_rank and (target.is_vector or isinstance(config, LoraConfig)):
+        raise ValueError("choose_rank is for low-rank steering only. Leave it out.")
+    student = target.add_to(base)
+    report: list[dict[str, Any]] = []
+    updates: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pair = _Pair(student, tuned, split, Path(folder))
+        for position, block in enumerate(pair.student.blocks):
+            if target.adapter(block) is None:
+                pair.skip(position)
+            else:
+                parts = pair.parts(position, target.regressor(block))
+                update, row = _vector(parts) if target.is_vector else _map(parts, target.config.r, choose_rank, ridges, tolerance)
+                target.write(block, update)
+                updates[block.index] = update
+                report.append({"block": block.index, **row})
+            progress(position + 1, len(pair.student.blocks))
+    if choose_rank:
+        student = target.with_ranks(student, updates)
+    return Distilled(student.eval(), report)
+
+
+class _Part(NamedTuple):
+    """What a part of the tokens says about one block: `moments` of the regressors and of the distance between both
+    models, and `tuned`, the sum of the squared norms of the fine-tuned model's states."""
+
+    moments: Moments
+    tuned: torch.Tensor
+
+
+class _Pair:
+    """Both models, which run on the same batches up to the same block."""
+
+    def __init__(self, student: Any, tuned: Any, split: Split, folder: Path):
+        self.split = split
+        runs = []
+        for name, model in (("student", student), ("tuned", tuned)):
+            (folder / name).mkdir()
+            runs.append(BlockByBlock(model, folder / name, changes=name == "student"))
+        self.student, self.tuned = runs
+
+    def parts(self, position: int, regressor: nn.Module | None) -> list[_Part]:
+        """One for each part of the split."""
+        numbers = iter(range(sum(map(len, self.split))))
+        return [self._part(position, regressor, batches, numbers) for batches in self.split]
+
+    def skip(self, position: int) -> None:
+        """Runs up to a block without an update."""
+        for number, batch in enumerate(batch for batches in self.split for batch in batches):
+            self.student.run(position, number, batch)
+            self.tuned.run(position, number, batch)
+
+    def _part(
+        self, position: int, regressor: nn.Module | None, batches: Batches, numbers: Iterator[int]
+    ) -> _Part:
+        part: _Part | None = None
+        for batch, number in zip(batches, numbers, strict=False):
+            output, x = self.student.run(position, number, batch, regressor)
+            goal, _ = self.tuned.run(position, number, batch)
+            goal = goal.to(output.device, torch.float64)
+            x = output if x is None else x
+            if part is None:
+                part = _Part(Moments(x.shape[1], output.shape[1], x.device), goal.new_zeros(()))
+            part.moments.add(x, goal - output.double())
+            part.tuned.add_(goal.square().sum())
+        if part is None:
+            raise ValueError("A part of the split has no batches. Pass more text.")
+        return part
+
+
+def _map(
+    parts: Sequence[_Part], rank: int, choose_rank: bool, ridges: Sequence[float], tolerance: float
+) -> tuple[Factors, dict[str, Any]]:
+    fitted, validation, held_out = parts
+    choice = choose(fitted.moments, validation.moments, rank, choose_rank, ridges, tolerance)
+    row = {"rank": choice.rank, "ridge": choice.ridge}
+    return choice.factors, {**row, **_errors(map_error(choice.factors, held_out.moments), held_out)}
+
+
+def _vector(parts: Sequence[_Part]) -> tuple[torch.Tensor, dict[str, Any]]:
+    fitted, _, held_out = parts
+    mean = fitted.moments.mean
+    return mean, _errors(constant_error(mean, held_out.moments), held_out)
+
+
+def _errors(error: torch.Tensor, part: _Part) -> dict[str, float]:
+    return {
+        "before": (part.moments.yy / part.tuned).sqrt().item(),
+        "after": (error / part.tuned).sqrt().item(),
+        "explained": explained_share(error, part.moments).item(),
+    }
