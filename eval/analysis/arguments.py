@@ -40,8 +40,8 @@ def add_model(
     group.add_argument("--device", help="device of the model (default: the accelerator, if there is one, else cpu)")
 
 
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """`--task` or `--text`, and how many of the texts are run in which batches."""
+def add_text(parser: argparse.ArgumentParser, split: str = "test", rows: int = 100) -> None:
+    """`--task` or `--text`, and how many of the texts are run in which batches. `split` and `rows` are defaults."""
     group = parser.add_argument_group("text")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", choices=TASKS, help="texts of one of our tasks")
@@ -52,8 +52,8 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         help="a file with a text in each line (.txt), or with rows (.jsonl, .json, .csv, .parquet) that have `text`, "
         "`prompt` and `completion`, or `messages`, as in TRL",
     )
-    group.add_argument("--split", default="test", help="split of --task (default: test)")
-    group.add_argument("--rows", type=positive, default=100, help="texts to draw at random (default: 100)")
+    group.add_argument("--split", default=split, help=f"split of --task (default: {split})")
+    group.add_argument("--rows", type=positive, default=rows, help=f"texts to draw at random (default: {rows})")
     group.add_argument("--seed", type=int, default=0, help="random seed of the choice (default: 0)")
     group.add_argument("--prompts_only", action="store_true", help="leave completions out (default: off)")
     group.add_argument("--max_length", type=positive, default=512, help="tokens of a text to keep (default: 512)")
@@ -64,6 +64,17 @@ def add_blocks(parser: argparse.ArgumentParser, default: str) -> None:
     """`--blocks`."""
     parser.add_argument(
         "--blocks", type=int, nargs="+", metavar="INDEX", help=f"indices of the blocks, from 0 (default: {default})"
+    )
+
+
+def add_save(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--save`, the folder of an adapter that is written."""
+    parser.add_argument(
+        "--save",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"folder to write the {what} to, which must not exist or be empty",
     )
 
 

@@ -16,6 +16,10 @@ from .report import write
 # Name -> (module in this package, line in `trl-steer analyze --help`).
 MEASURES = {
     "mlp-share": ("mlp_share", "how large the MLP's output is compared with the attention's and the block's"),
+    "oracle": ("oracle", "what simple updates explain of a fine-tuned model's hidden states: site, rank, blocks"),
+    "distill": ("distill", "a steering adapter from a fine-tuned model, without training"),
+    "lora": ("lora", "the LoRA adapter that explains a steering adapter best, for engines that know only LoRA"),
+    "extract": ("extract", "steering vectors from pairs of texts"),
 }
 
 

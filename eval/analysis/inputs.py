@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,51 @@ def load_pair(args: Any, progress: Progress) -> tuple[Any, Any, Any]:
     tuned, _ = models.load(args.tuned, dtype=args.dtype, device=args.device)
     check_same_shape(base, tuned)
     return base, tuned, tokenizer
+
+
+def load_separate_pair(args: Any, progress: Progress, tuned: str) -> tuple[Any, Any, Any]:
+    """The base model, the fine-tuned one, which shares no weights with it, and the tokenizer.
+
+    Args:
+        args: The arguments of the command.
+        progress ([`Progress`]): Receives messages.
+        tuned (`str`): Hub id or folder of the fine-tuned model: an adapter of the base model, or a full checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such model or adapter.
+        ValueError: The models have different shapes, or the adapter is of another base model.
+    """
+    from trl_steer.analysis import check_same_shape
+
+    if _is_adapter(tuned):
+        with_adapter, tokenizer = load_model(args, progress, tuned)
+        base, _ = load_model(argparse.Namespace(**{**vars(args), "model": args.model or _base_of(tuned)}), progress)
+    else:
+        models.check(tuned)
+        base, tokenizer = load_model(args, progress)
+        with_adapter, _ = models.load(tuned, dtype=args.dtype, device=args.device)
+    check_same_shape(base, with_adapter)
+    return base, with_adapter, tokenizer
+
+
+def load_split(args: Any, tokenizer: Any) -> Any:
+    """The batches of the texts that the arguments name, in the three parts of `trl_steer.analysis.Split`.
+
+    Raises:
+        ValueError: There are too few texts, or they have another format.
+    """
+    from trl_steer.analysis import Split, split_rows, text_batches
+
+    from .texts import read_texts
+
+    texts, is_chat = read_texts(args, tokenizer)
+    parts = split_rows([text for text in texts if text])
+    return Split(
+        *(
+            text_batches(tokenizer, part, args.batch_size, args.max_length, add_special_tokens=not is_chat)
+            for part in parts
+        )
+    )
 
 
 def load_batches(args: Any, tokenizer: Any) -> list[dict[str, Any]]:

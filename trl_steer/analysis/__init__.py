@@ -20,17 +20,28 @@ The command line, files and pictures of each measure are in `trl_steer.eval.anal
 """
 
 from .batches import text_batches, token_batches
+from .distill import Distilled, distill
+from .extract import Extracted, extract
 from .mlp_share import mlp_share
+from .oracle import oracle
+from .splits import Split, split_rows
 from .states import Block, States, blocks_of, check_same_shape, record, record_pair
 
 __all__ = [
     "Block",
+    "Distilled",
+    "Extracted",
+    "Split",
     "States",
     "blocks_of",
     "check_same_shape",
+    "distill",
+    "extract",
     "mlp_share",
+    "oracle",
     "record",
     "record_pair",
+    "split_rows",
     "text_batches",
     "token_batches",
 ]

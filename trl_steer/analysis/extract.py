@@ -29,8 +29,9 @@ class Extracted(NamedTuple):
         model ([`~peft.PeftModel`]): The model with the vectors as an adapter, which `save_pretrained` writes.
         report (`list[dict]`):
             A row for each block: `block`, its index; `norm`, the mean norm of the hidden states at the position;
-            `separated`, the share of the pairs whose positive text projects further along the direction than its
-            negative one; and `cosine`, that with the difference of means.
+            `difference`, the norm of the difference of means as a share of it; `separated`, the share of the pairs
+            whose positive text projects further along the direction than its negative one; and `cosine`, that with
+            the difference of means.
     """
 
     model: PeftModel
@@ -123,9 +124,10 @@ def direction(h_plus: torch.Tensor, h_minus: torch.Tensor, method: Method) -> tu
         found, further = -found, -further
     unit = found / found.norm()
     mean = difference.mean(0)
-    norms = torch.cat([h_plus, h_minus]).norm(dim=1)
+    norm = torch.cat([h_plus, h_minus]).norm(dim=1).mean()
     return unit, {
-        "norm": norms.mean().item(),
+        "norm": norm.item(),
+        "difference": (mean.norm() / norm).item(),
         "separated": (further > 0).double().mean().item(),
         "cosine": (unit @ mean / mean.norm().clamp_min(torch.finfo(torch.float64).tiny)).item(),
     }

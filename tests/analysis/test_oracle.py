@@ -1,0 +1,78 @@
+"""What updates explain of the oracle is what direct regressions on all tokens explain."""
+
+import numpy as np
+import pytest
+import torch
+from model_zoo import FAMILIES, tiny_model
+from pairs import left_padded, split_of, steered_model, token_rows, tuned_model
+
+from trl_steer.analysis import Split, oracle, record
+from trl_steer.analysis.oracle import ORACLE_SITES
+
+RIDGE = 1e-3
+
+
+def states(model, batches, site):
+    recorded = [record(model, batch, [site]) for batch in batches]
+    return [torch.cat([each[block, site] for each in recorded]).numpy() for block in range(3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_are_those_of_direct_regressions(family):
+    base, tuned, split = tiny_model(family), tuned_model(family), split_of(token_rows(48))
+    sites = ORACLE_SITES if family in ("llama", "gemma3", "gpt2") else ("post_block", "post_mlp")
+    if family in ("falcon", "gpt_neox", "opt", "opt_post_norm", "gemma3n"):
+        sites = ("post_block",)
+    rows = oracle(base, tuned, split, sites, ranks=(1, 5), ridges=(RIDGE,))
+    goals = [[states(model, part, "post_block") for model in (base, tuned)] for part in (split.fit, split.held_out)]
+    for site in sites:
+        fitted, held_out = (states(base, part, site) for part in (split.fit, split.held_out))
+        for block, row in enumerate(rows):
+            (y, other) = (after[block] - before[block] for before, after in goals)
+            x, d = fitted[block], fitted[block].shape[1]
+            penalty = RIDGE * np.square(x).sum() / d
+            full = np.linalg.solve(x.T @ x + penalty * np.eye(d), x.T @ y)
+            vectors = np.linalg.eigh(y.T @ x @ full)[1][:, ::-1]
+            total = np.square(other).sum()
+
+            def share(guess, other=other, total=total):
+                return 1 - np.square(other - guess).sum() / total
+
+            found = row["sites"][site]
+            for rank in (1, 5):
+                low_rank = full @ vectors[:, :rank] @ vectors[:, :rank].T
+                assert found["ranks"][rank] == pytest.approx(share(held_out[block] @ low_rank), abs=1e-6)
+            assert found["full"] == pytest.approx(share(held_out[block] @ full), abs=1e-6)
+            assert row["constant"] == pytest.approx(share(y.mean(0)), abs=1e-6)
+            size = (total / np.square(goals[1][0][block]).sum()) ** 0.5
+            assert row["oracle"] == pytest.approx(size, rel=1e-6)
+
+
+def test_batches_and_groups_of_blocks_do_not_matter(monkeypatch):
+    base, tuned, rows = tiny_model(), tuned_model(), token_rows(48)
+    split = split_of(rows)
+    wanted = oracle(base, tuned, split)
+    monkeypatch.setattr("trl_steer.analysis.oracle._MEMORY_BYTES", 1)
+    found = oracle(base, tuned, Split(*(left_padded(b)[::-1] for b in split_of(rows, batch_size=5))))
+    for one, two in zip(wanted, found, strict=True):
+        assert one["block"] == two["block"]
+        assert one["constant"] == pytest.approx(two["constant"], abs=1e-6)
+        for site, shares in one["sites"].items():
+            assert shares["ranks"] == pytest.approx(two["sites"][site]["ranks"], abs=1e-6)
+
+
+def test_steering_of_one_block_is_explained_at_its_rank():
+    model = steered_model(layers_to_transform=[1])
+    rows = oracle(None, model, split_of(token_rows(90)), ("post_block",), ranks=(2, 3, 64), blocks=[0, 1])
+    assert [row["block"] for row in rows] == [0, 1]
+    assert rows[0]["oracle"] == rows[0]["constant"] == rows[0]["sites"]["post_block"]["full"] == 0
+    found = rows[1]["sites"]["post_block"]
+    assert set(found["ranks"]) == {2, 3}
+    assert found["ranks"][2] < 0.999 < 0.999999 < found["ranks"][3]
+
+
+def test_models_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="different shapes"):
+        oracle(tiny_model(), tiny_model("llama", num_hidden_layers=2), split_of(token_rows(30)))
+    with pytest.raises(ValueError, match="no block 7"):
+        oracle(tiny_model(), tuned_model(), split_of(token_rows(30)), blocks=[7])
