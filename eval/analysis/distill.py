@@ -68,8 +68,8 @@ def summary(made: str, goal: str, rows: list[dict[str, Any]], tokens: dict[str, 
     names = ["block", "rank", "ridge", "before", "after", "explained"]
     kept = [index for index, name in enumerate(names) if name in last]
     return (
-        f"{made} was fitted on {tokens['fit']} tokens, and measured on {tokens['held_out']} held-out ones. Distance of "
-        f"the hidden state from that of {goal}, relative to its norm (root mean squares), with the updates of all "
+        f"{made} was fitted on {tokens['fit']} tokens, and measured on {tokens['held_out']} held-out ones. Distance "
+        f"of the hidden state from that of {goal}, relative to its norm (root mean squares), with the updates of all "
         f"earlier blocks; and the share of the squared distance that the update of the block explains. After the last "
         f"block, the distance is {last['after']:.3g}.\n\n"
         + table([header[i] for i in kept], [[row[names[i]] for i in kept] for row in rows])

@@ -98,7 +98,11 @@ def _is_text(side: Any) -> bool:
 
 
 def _is_chat(side: Any) -> bool:
-    return isinstance(side, list) and bool(side) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in side)
+    return (
+        isinstance(side, list)
+        and bool(side)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in side)
+    )
 
 
 def _batches(texts: list[Any], args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""The LoRA adapter that explains a steering adapter best, on the last linear layer of each block's MLP, for engines that
-know only LoRA. It is only as good as the error that is reported: steering also acts on what passes by the MLP."""
+"""The LoRA adapter that explains a steering adapter best, on the last linear layer of each block's MLP, for engines
+that know only LoRA. It is only as good as the reported error: steering also acts on what passes by the MLP."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from model_pairs import left_padded, steered_model, token_rows
 from model_zoo import FAMILIES, tiny_model
-from pairs import left_padded, steered_model, token_rows
 
 from trl_steer.analysis import blocks_of, record, token_batches
 from trl_steer.analysis.block_by_block import BlockByBlock

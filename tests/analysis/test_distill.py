@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from model_pairs import left_padded, split_of, steered_model, token_rows, tuned_model
 from model_zoo import FAMILIES, tiny_model
-from pairs import left_padded, split_of, steered_model, token_rows, tuned_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from steering_cases import weights_of
 
 from trl_steer import PostBlockSteeringConfig
 from trl_steer.analysis import Split, distill, record
-from trl_steer.analysis.regression import fit
 from trl_steer.analysis.moments import Moments
+from trl_steer.analysis.regression import fit
 
 LAST = 2
 
@@ -28,7 +28,7 @@ def distance(model, goal, batches) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_known_steering_adapter_is_recovered(family):
-    goal, split = steered_model(family), split_of(token_rows(90))
+    goal, split = steered_model(family), split_of(token_rows(48))
     made = distill(tiny_model(family), goal, split, PostBlockSteeringConfig(r=3, task_type="CAUSAL_LM"))
     assert all(row["after"] < 1e-3 < row["before"] for row in made.report)
     assert distance(made.model, goal, split.held_out) < 1e-3
@@ -47,7 +47,7 @@ def test_a_known_vector_is_recovered(family):
 
 def test_known_ranks_are_found_and_saved(tmp_path):
     pattern = {"layers.0": 4, "layers.1": 1, "layers.2": 2}
-    goal, split = steered_model(rank_pattern=pattern), split_of(token_rows(90))
+    goal, split = steered_model(rank_pattern=pattern), split_of(token_rows(48))
     config = PostBlockSteeringConfig(r=6, task_type="CAUSAL_LM")
     made = distill(tiny_model(), goal, split, config, choose_rank=True)
     assert [row["rank"] for row in made.report] == [4, 1, 2]
@@ -68,7 +68,7 @@ def test_only_chosen_blocks_have_an_update():
 
 def test_blocks_are_fitted_on_steered_states():
     """So the second block gets what a direct regression gives on the states with the update of the first one."""
-    goal, split = tuned_model(), split_of(token_rows(90))
+    goal, split = tuned_model(), split_of(token_rows(48))
     made = distill(tiny_model(), goal, split, PostBlockSteeringConfig(r=2, task_type="CAUSAL_LM"), ridges=(1e-6,))
     student = made.model
     layer = student.base_model.model.model.layers[1].post_block_steering
@@ -81,7 +81,7 @@ def test_blocks_are_fitted_on_steered_states():
     y = y - x
     penalty = 1e-6 * np.square(x).sum() / x.shape[1]
     full = np.linalg.solve(x.T @ x + penalty * np.eye(32), x.T @ y)
-    values, vectors = np.linalg.eigh(y.T @ x @ full)
+    _, vectors = np.linalg.eigh(y.T @ x @ full)
     wanted = (full @ vectors[:, -2:] @ vectors[:, -2:].T).T
     adapter = layer.adapters["default"]
     found = (adapter.up.double() @ adapter.down.double()).detach().numpy()
@@ -99,8 +99,8 @@ def test_the_batch_size_the_padding_and_the_order_do_not_matter():
 
 
 def test_errors_do_not_compound():
-    """Later blocks correct what is left of the difference in earlier ones: a map for each block on its own does not."""
-    goal, split = tuned_model(), split_of(token_rows(120))
+    """Later blocks correct what earlier ones leave of the difference. A map for each block on its own does not."""
+    goal, split = tuned_model(), split_of(token_rows(72))
     sequential = distill(tiny_model(), goal, split, PostBlockSteeringConfig(r=4, task_type="CAUSAL_LM")).model
     alone = get_peft_model(tiny_model(), PostBlockSteeringConfig(r=4, task_type="CAUSAL_LM")).eval()
     base = tiny_model()
@@ -123,13 +123,13 @@ def test_errors_do_not_compound():
 def test_a_known_lora_on_the_last_linear_layer_is_recovered(family):
     linear = {"gpt2": "mlp.c_proj", "opt": "fc2"}.get(family, "mlp.down_proj")
     config = LoraConfig(r=2, target_modules=[linear], init_lora_weights=False, task_type="CAUSAL_LM")
-    goal, split = get_peft_model(tiny_model(family), config).eval(), split_of(token_rows(120))
+    goal, split = get_peft_model(tiny_model(family), config).eval(), split_of(token_rows(72))
     made = distill(tiny_model(family), goal, split, LoraConfig(r=2, task_type="CAUSAL_LM"))
     assert distance(made.model, goal, split.held_out) < 1e-3
 
 
 def test_steering_becomes_a_stock_lora_with_its_error(tmp_path):
-    goal, split = steered_model(strength=0.1), split_of(token_rows(120))
+    goal, split = steered_model(strength=0.1), split_of(token_rows(72))
     made = distill(tiny_model(), goal, split, LoraConfig(r=4, task_type="CAUSAL_LM"))
     made.model.save_pretrained(tmp_path)
     assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
@@ -142,7 +142,7 @@ def test_steering_becomes_a_stock_lora_with_its_error(tmp_path):
 def test_lora_is_refused_where_its_output_does_not_reach_the_residual_stream(family):
     base, before = tiny_model(family), weights_of(tiny_model(family))
     split = split_of(token_rows(30))
-    with pytest.raises(ValueError, match="has no last linear layer|is not added to the residual stream"):
+    with pytest.raises(ValueError, match=r"has no last linear layer|is not added to the residual stream"):
         distill(base, steered_model(family), split, LoraConfig(r=2, task_type="CAUSAL_LM"))
     assert weights_of(base).keys() == before.keys()
 

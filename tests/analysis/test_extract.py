@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from model_pairs import left_padded, token_rows
 from model_zoo import FAMILIES, tiny_model
-from pairs import left_padded, token_rows
 from peft import PeftModel
 
 from trl_steer.analysis import extract, record, token_batches
 from trl_steer.analysis.extract import METHODS, direction
 
 
-def pairs_of_rows(count: int = 12) -> tuple[list[list[int]], list[list[int]]]:
+def pairs_of_rows(count: int = 11) -> tuple[list[list[int]], list[list[int]]]:
     """Texts that begin differently."""
     rows = token_rows(count)
     return [[5, 7, *row] for row in rows], [[9, *row] for row in rows]
@@ -45,7 +45,7 @@ def wanted_direction(h_plus: np.ndarray, h_minus: np.ndarray, method: str) -> np
     return found / np.linalg.norm(found)
 
 
-@pytest.mark.parametrize("position", [-1, -3, 0])
+@pytest.mark.parametrize("position", [-1, -3, 1])
 @pytest.mark.parametrize("method", METHODS)
 def test_vectors_are_those_of_the_definition(method, position):
     positive, negative = pairs_of_rows()
@@ -102,13 +102,15 @@ def test_wrong_arguments_are_refused(change, message):
 
 
 def test_wrong_pairs_are_refused():
-    positive, negative = (token_batches(rows) for rows in pairs_of_rows(4))
+    positive = token_batches(pairs_of_rows(4)[0])
     with pytest.raises(ValueError, match="got 4 positive and 3 negative"):
         extract(tiny_model(), positive, token_batches(pairs_of_rows(3)[1]))
     with pytest.raises(ValueError, match="at least two pairs"):
         extract(tiny_model(), token_batches([[5, 6]]), token_batches([[7, 6]]))
     with pytest.raises(ValueError, match="the same states"):
         extract(tiny_model(), positive, positive)
+    with pytest.raises(ValueError, match="differ in the same way"):  # the first token is the same in all texts
+        extract(tiny_model(), *(token_batches(rows) for rows in pairs_of_rows(4)), "pca", position=0)
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from model_pairs import left_padded, split_of, steered_model, token_rows, tuned_model
 from model_zoo import FAMILIES, tiny_model
-from pairs import left_padded, split_of, steered_model, token_rows, tuned_model
 
 from trl_steer.analysis import Split, oracle, record
 from trl_steer.analysis.oracle import ORACLE_SITES
@@ -48,12 +48,12 @@ def test_shares_are_those_of_direct_regressions(family):
             assert row["oracle"] == pytest.approx(size, rel=1e-6)
 
 
-def test_batches_and_groups_of_blocks_do_not_matter(monkeypatch):
+def test_batches_and_groups_of_blocks_do_not_matter():
     base, tuned, rows = tiny_model(), tuned_model(), token_rows(48)
     split = split_of(rows)
     wanted = oracle(base, tuned, split)
-    monkeypatch.setattr("trl_steer.analysis.oracle._MEMORY_BYTES", 1)
-    found = oracle(base, tuned, Split(*(left_padded(b)[::-1] for b in split_of(rows, batch_size=5))))
+    other = Split(*(left_padded(batches)[::-1] for batches in split_of(rows, batch_size=5)))
+    found = oracle(base, tuned, other, memory_bytes=1)
     for one, two in zip(wanted, found, strict=True):
         assert one["block"] == two["block"]
         assert one["constant"] == pytest.approx(two["constant"], abs=1e-6)

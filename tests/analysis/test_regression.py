@@ -19,9 +19,11 @@ from trl_steer.analysis.regression import (
 
 
 def data(tokens: int, p: int, q: int, seed: int = 0, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
+    """The same affine map plus noise for every seed."""
+    random = np.random.default_rng([p, q])
+    matrix, random = random.normal(size=(p, q)), np.random.default_rng(seed)
     x = random.normal(size=(tokens, p)) * random.uniform(0.1, 3, size=p)
-    return x, x @ random.normal(size=(p, q)) + noise * random.normal(size=(tokens, q)) + 1
+    return x, x @ matrix + noise * random.normal(size=(tokens, q)) + 1
 
 
 def moments_of(x: np.ndarray, y: np.ndarray, sizes=(1000,)) -> Moments:
@@ -57,7 +59,9 @@ def test_every_rank_is_the_direct_solution(p, q, tokens, ridge, drawn):
         error = np.square(other[1] - other[0] @ wanted.T).sum()
         np.testing.assert_allclose(errors[rank].item(), error, rtol=1e-8)
         balanced = factors.of_rank(rank)
-        np.testing.assert_allclose((balanced.up @ balanced.down).numpy(), found, atol=1e-8 * max(1, np.abs(found).max()))
+        np.testing.assert_allclose(
+            (balanced.up @ balanced.down).numpy(), found, atol=1e-8 * max(1, np.abs(found).max())
+        )
         np.testing.assert_allclose(map_error(balanced, moments_of(*other)).item(), error, rtol=1e-8)
 
 
@@ -97,8 +101,8 @@ def test_the_rank_of_a_map_is_found(rank):
 
 
 def test_a_tolerance_gives_a_smaller_rank():
-    x, y = data(200, 6, 6, noise=0.1)
-    parts = moments_of(x, y), moments_of(*data(60, 6, 6, noise=0.1))
+    parts = (moments_of(*data(tokens, 6, 6, seed=tokens, noise=0.1)) for tokens in (200, 60))
+    parts = tuple(parts)
     ranks = [choose(*parts, max_rank=6, choose_rank=True, tolerance=t).rank for t in (0.0, 0.05, 0.5)]
     assert ranks == sorted(ranks, reverse=True)
     assert ranks[-1] < ranks[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,8 @@ class BlockByBlock:
             if also is not None:
                 stack.callback(also.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
             stack.callback(self.blocks[block].module.register_forward_hook(stop).remove)
-            try:
+            with suppress(_StopForwardError):
                 self.model(**batch, **fewest_outputs(self.model))
-            except _StopForwardError:
-                pass
         return found["output"], found.get("also")
 
 

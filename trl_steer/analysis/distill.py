@@ -95,7 +95,11 @@ def distill(
                 pair.skip(position)
             else:
                 parts = pair.parts(position, target.regressor(block))
-                update, row = _vector(parts) if target.is_vector else _map(parts, target.config.r, choose_rank, ridges, tolerance)
+                update, row = (
+                    _vector(parts)
+                    if target.is_vector
+                    else _map(parts, target.config.r, choose_rank, ridges, tolerance)
+                )
                 target.write(block, update)
                 updates[block.index] = update
                 report.append({"block": block.index, **row})
@@ -135,9 +139,7 @@ class _Pair:
             self.student.run(position, number, batch)
             self.tuned.run(position, number, batch)
 
-    def _part(
-        self, position: int, regressor: nn.Module | None, batches: Batches, numbers: Iterator[int]
-    ) -> _Part:
+    def _part(self, position: int, regressor: nn.Module | None, batches: Batches, numbers: Iterator[int]) -> _Part:
         part: _Part | None = None
         for batch, number in zip(batches, numbers, strict=False):
             output, x = self.student.run(position, number, batch, regressor)

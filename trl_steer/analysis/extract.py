@@ -113,14 +113,14 @@ def direction(h_plus: torch.Tensor, h_minus: torch.Tensor, method: Method) -> tu
         A vector (d,) of norm 1, and its row in the report of [`extract`].
 
     Raises:
-        ValueError: All states are the same.
+        ValueError: All states are the same, or with `"pca"` all differences.
     """
     difference = h_plus - h_minus
     if not difference.any():
         raise ValueError("Positive and negative texts have the same states. Check that they differ before the token.")
     found = _DIRECTIONS[method](h_plus, h_minus)
     further = difference @ found
-    if method.startswith("pca") and (further < 0).sum() > (further > 0).sum():
+    if method.startswith("pca") and _points_back(further):
         found, further = -found, -further
     unit = found / found.norm()
     mean = difference.mean(0)
@@ -133,13 +133,22 @@ def direction(h_plus: torch.Tensor, h_minus: torch.Tensor, method: Method) -> tu
     }
 
 
+def _points_back(further: torch.Tensor) -> bool:
+    """Whether most differences point against a direction, or if as many do as do not, their mean."""
+    votes = further.sign().sum()
+    return bool(votes < 0 or (votes == 0 and further.sum() < 0))
+
+
 def _mean(h_plus: torch.Tensor, h_minus: torch.Tensor) -> torch.Tensor:
     return (h_plus - h_minus).mean(0)
 
 
 def _pca(h_plus: torch.Tensor, h_minus: torch.Tensor) -> torch.Tensor:
     difference = h_plus - h_minus
-    return _first_component(difference - difference.mean(0))
+    centred = difference - difference.mean(0)
+    if centred.norm() <= 1e-6 * difference.norm():
+        raise ValueError("All pairs differ in the same way, so that their differences have no principal component.")
+    return _first_component(centred)
 
 
 def _pca_center(h_plus: torch.Tensor, h_minus: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .states import blocks_of, check_same_shape, record_pair
 ORACLE_SITES = ("post_block", "post_mlp", "post_attn", "pre_mlp")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 # Of the sums for all blocks that are measured in the same pass.
-_MEMORY_BYTES = 3 * 2**30
+MEMORY_BYTES = 3 * 2**30
 
 
 def oracle(
@@ -32,6 +32,7 @@ def oracle(
     ranks: Sequence[int] = RANKS,
     blocks: Sequence[int] | None = None,
     ridges: Sequence[float] = RIDGES,
+    memory_bytes: int = MEMORY_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """
@@ -48,7 +49,9 @@ def oracle(
         sites (`Sequence[str]`): Where the states are read, of [`SITES`].
         ranks (`Sequence[int]`): Ranks of the linear functions. Larger ones than the width are left out.
         blocks (`Sequence[int]`, *optional*): Indices of the blocks. Default: all.
-        ridges (`Sequence[float]`): The penalties, of which the best one on the validation tokens is used for each rank.
+        ridges (`Sequence[float]`): The penalties, of which each rank uses the best one on the validation tokens.
+        memory_bytes (`int`, defaults to 3 GiB):
+            Memory for sums over tokens. If those of all blocks need more, the models run several times.
         progress (`Callable`, *optional*): Called with the number of finished batches and that of all batches.
 
     Returns:
@@ -63,7 +66,7 @@ def oracle(
     """
     if base is not None:
         check_same_shape(base, tuned)
-    groups = _groups(blocks_of(tuned, blocks), sites)
+    groups = _groups(blocks_of(tuned, blocks), sites, memory_bytes)
     done, total = 0, len(groups) * sum(map(len, split))
     rows = []
     for group in groups:
@@ -96,12 +99,12 @@ class _Sums:
                 self.moments[block, site].add(x, difference)
 
 
-def _groups(blocks: Sequence[Any], sites: Sequence[str]) -> list[list[int]]:
+def _groups(blocks: Sequence[Any], sites: Sequence[str], memory_bytes: int) -> list[list[int]]:
     """Indices of blocks that are measured in the same pass, so that their sums fit into memory."""
     widths = [block.site(site).width for site in sites for block in blocks[:1]]
     hidden = blocks[0].anatomy.hidden_size
     per_block = 3 * 8 * sum(width * (width + hidden) for width in widths)
-    size = max(1, _MEMORY_BYTES // per_block)
+    size = max(1, memory_bytes // per_block)
     indices = [block.index for block in blocks]
     return [indices[first : first + size] for first in range(0, len(indices), size)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ class LastLinearTarget:
             linear = block.anatomy.mlp_output()
             if linear is None:
                 raise ValueError(
-                    f"{named[block.index]} has no last linear layer of an MLP to put LoRA on, as in a mixture of experts."
+                    f"{named[block.index]} has no last linear layer of an MLP to put LoRA on, as in "
+                    "a mixture of experts. Use a steering adapter."
                 )
             self.linears[block.index] = linear
         _check_added(base, blocks, self.linears, batch)
@@ -152,30 +154,7 @@ def _check_added(
     """Checks that what is added to the output of each layer is added to the output of its block, by adding a vector
     there and subtracting it here."""
     batch = right_padded(batch, input_device(base))
-    outputs: list[dict[int, torch.Tensor]] = []
-    for sign in (0.0, 1.0):
-        kept: dict[int, torch.Tensor] = {}
-        handles = []
-        for block in blocks:
-            linear = block.module.get_submodule(linears[block.index])
-
-            def add(module: nn.Module, args: Any, output: torch.Tensor, sign: float = sign) -> torch.Tensor:
-                return output + sign * _probe(output)
-
-            def subtract(module: nn.Module, args: Any, output: Any, sign: float = sign, index: int = block.index) -> Any:
-                hidden = get_hidden(output, module)
-                hidden = hidden - sign * _probe(hidden)
-                kept[index] = hidden
-                return replace_hidden(output, hidden)
-
-            handles += [linear.register_forward_hook(add), block.module.register_forward_hook(subtract)]
-        try:
-            with evaluation(base):
-                base(**batch, **fewest_outputs(base))
-        finally:
-            for handle in handles:
-                handle.remove()
-        outputs.append(kept)
+    outputs = [_outputs(base, blocks, linears, batch, sign) for sign in (0.0, 1.0)]
     for block in blocks:
         before, after = outputs[0][block.index].double(), outputs[1][block.index].double()
         if (after - before).norm() > _PROBE_TOLERANCE * _probe(before).expand_as(before).norm():
@@ -184,6 +163,32 @@ def _check_added(
                 "it is (there is a norm, a gate or several streams), so no LoRA there can move the output of the "
                 "block by a linear map. Use a steering adapter."
             )
+
+
+def _outputs(
+    base: Any, blocks: Sequence[Block], linears: Mapping[int, str], batch: Mapping[str, torch.Tensor], sign: float
+) -> dict[int, torch.Tensor]:
+    """The output of each block less `sign` times the vector that was added to the output of its linear layer."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + sign * _probe(output)
+
+    def subtract(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = get_hidden(output, module)
+            kept[index] = hidden - sign * _probe(hidden)
+            return replace_hidden(output, kept[index])
+
+        return hook
+
+    with evaluation(base), ExitStack() as stack:
+        for block in blocks:
+            linear = block.module.get_submodule(linears[block.index])
+            stack.callback(linear.register_forward_hook(add).remove)
+            stack.callback(block.module.register_forward_hook(subtract(block.index)).remove)
+        base(**batch, **fewest_outputs(base))
+    return kept
 
 
 def _probe(hidden: torch.Tensor) -> torch.Tensor:

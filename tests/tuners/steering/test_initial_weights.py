@@ -112,7 +112,7 @@ def test_the_names_of_two_bases_are_compared(are_folders, tmp_path):
     config.save_pretrained(str(tmp_path / "adapter"))
     base = tiny_model()
     base.name_or_path = names[1]
-    with pytest.raises(ValueError, match="its base model is .*one/base"):
+    with pytest.raises(ValueError, match=r"its base model is .*one/base"):
         steer(base, init_from=str(tmp_path / "adapter"))
     base.name_or_path = names[0]
     steer(base, init_from=str(tmp_path / "adapter"))

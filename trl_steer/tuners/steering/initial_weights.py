@@ -40,7 +40,9 @@ def _check_config(tuner: Any, config: Any, steering: Any, found: Any) -> None:
     check_base_model_type(found, tuner.model, found.base_model_type)
     ours, theirs = config.base_model_name_or_path, found.base_model_name_or_path
     if _are_different(ours, theirs):
-        raise ValueError(f"its base model is {theirs!r}, but this one is {ours!r}. Use a folder for the same base model.")
+        raise ValueError(
+            f"its base model is {theirs!r}, but this one is {ours!r}. Use a folder for the same base model."
+        )
     adapter_class = tuner.steering_layer_cls.adapter_class(steering)
     for field in ("site", "positions", "scaling", *adapter_class.structural_fields, *adapter_class.size_fields):
         wanted, given = (getattr(config, field, None) for config in (steering, found))

@@ -1,0 +1,222 @@
+"""Distills a full fine-tune on the demo's task into a steering adapter, and trains on from there.
+
+    python -m trl_steer.eval.experiments.distillation --seed 0
+
+SmolLM2-135M-Instruct is fine-tuned on the demo's generated ListOps expressions (all parameters, the default preset).
+`trl_steer.analysis.distill` explains the result by a low-rank steering adapter of rank 8, in closed form, on the same
+examples. Reported are the share of the accuracy gap between the base model and the fine-tuned one that this adapter
+closes, and the accuracy of short trainings that start from it, compared with trainings that start from zero. All
+accuracies are of greedy answers to the demo's 200 held-out examples, scored by lm-eval. What is finished in the folder
+of the runs is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trl_steer.files import new_folder, read_json, write_json
+from trl_steer.statistics import exact_mcnemar, wilson_interval
+
+from .. import models, runs
+from ..analysis import figures
+from ..analysis.report import Report, table, write
+from ..console import Console
+from ..demo import preset
+
+METHOD, RANK = "low_rank", 8
+SHORT = 30
+FINE_TUNED, DISTILLED, BASE = "full fine-tune", "distilled, without training", "base model"
+
+
+def fine_tuned(seed: int, folder: Path, model: str) -> Path:
+    """The folder of the fine-tuned model, which is trained if it does not exist."""
+    if not folder.is_dir():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        from trl_steer import DivergenceCallback
+        from trl_steer.tasks import load_task
+
+        settings = preset.settings("full", seed)  # type: ignore[arg-type]
+        torch.manual_seed(seed)
+        with new_folder(folder) as partial:
+            trainer = SFTTrainer(
+                model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+                args=SFTConfig(
+                    output_dir=str(partial),
+                    seed=seed,
+                    activation_checkpointing=False,
+                    bf16=False,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    logging_steps=1000,
+                    **settings.training,
+                ),
+                train_dataset=load_task(settings.benchmark, **settings.source)["train"],
+                processing_class=AutoTokenizer.from_pretrained(model),
+                callbacks=[DivergenceCallback()],
+            )
+            trainer.train()
+            trainer.save_model()
+    return folder
+
+
+def distilled(seed: int, folder: Path, model: str, tuned: Path, console: Console) -> Path:
+    """The folder of the distilled adapter, with `distillation.json`. It is made if it does not exist."""
+    if folder.is_dir():
+        return folder
+    from trl_steer import PostBlockSteeringConfig
+    from trl_steer.analysis import Split, distill, split_rows, text_batches
+    from trl_steer.tasks import load_task
+
+    settings = preset.settings(METHOD, seed)
+    rows = load_task(settings.benchmark, **settings.source)["train"]
+    base, tokenizer = models.load(model)
+    goal, _ = models.load(str(tuned))
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    split = Split(*(text_batches(tokenizer, part) for part in split_rows(texts)))
+    console.start(1)
+    console.step("Distilling")
+    start = time.perf_counter(), time.process_time()
+    config = PostBlockSteeringConfig(task_type="CAUSAL_LM", r=RANK)
+    made = distill(base, goal, split, config, progress=console.progress)
+    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    console.end(f"{seconds[0]:.0f} s")
+    tokens = {name: sum(int(b["attention_mask"].sum()) for b in getattr(split, name)) for name in split._fields}
+    with new_folder(folder) as partial:
+        made.model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        record = {"tokens": tokens, "seconds": seconds[0], "cpu_seconds": seconds[1], "blocks": made.report}
+        write_json(partial / "distillation.json", record)
+    return folder
+
+
+def correct(name: str, seed: int, folder: Path, model: str, adapter: Path | None, console: Console) -> list[bool]:
+    """Whether each held-out example is answered correctly, kept in `folder`."""
+    file = folder / f"{name}-seed{seed}.json"
+    if not file.is_file():
+        from ..scoring import score
+
+        console.start(1)
+        console.step(f"Scoring {name}")
+        scores = score(preset.settings(METHOD, seed), model, adapter, runs.TASKS, console)
+        write_json(file, scores)
+        console.end(f"accuracy {scores['accuracy']:.3f}")
+    return [example["correct"] for example in read_json(file)["examples"]]
+
+
+def measure(seed: int, folder: Path, console: Console) -> dict[str, Any]:
+    """Makes what is missing in the folder of the runs, and returns the results."""
+    settings = preset.settings(METHOD, seed)
+    model = models.resolve(settings.model, console.note)
+    tuned = fine_tuned(seed, folder / f"full-seed{seed}", model)
+    adapter = distilled(seed, folder / f"distilled-seed{seed}", model, tuned, console)
+    answers = {
+        BASE: correct("base", seed, folder, model, None, console),
+        FINE_TUNED: correct("full", seed, folder, str(tuned), None, console),
+        DISTILLED: correct("distilled", seed, folder, model, adapter, console),
+    }
+    short = replace(settings, training={**settings.training, "max_steps": SHORT})
+    trained = {
+        "from zero": runs.make(settings, folder / f"{METHOD}-seed{seed}", report=console),
+        f"from zero, {SHORT} steps": runs.make(short, folder / f"{METHOD}-{SHORT}-seed{seed}", report=console),
+        f"from the distilled adapter, {SHORT} steps": runs.make(
+            replace(short, steering={"init_from": str(adapter.resolve())}),
+            folder / f"continued-{SHORT}-seed{seed}",
+            report=console,
+        ),
+    }
+    answers |= {name: run.correct(settings.task) for name, run in trained.items()}
+    record = read_json(adapter / "distillation.json")
+    accuracy = {name: sum(right) / len(right) for name, right in answers.items()}
+    steps = {name: run.training["steps"] for name, run in trained.items()}
+    return {
+        "seed": seed,
+        "train_examples": settings.source["train"],
+        "rank": RANK,
+        "distillation": record,
+        "steps": {BASE: 0, FINE_TUNED: steps["from zero"], DISTILLED: 0, **steps},
+        "accuracy": accuracy,
+        "interval_95": {name: list(wilson_interval(sum(right), len(right))) for name, right in answers.items()},
+        "p_values": {name: exact_mcnemar(answers["from zero"], right, "two-sided") for name, right in answers.items()},
+        "gap_closed": (accuracy[DISTILLED] - accuracy[BASE]) / (accuracy[FINE_TUNED] - accuracy[BASE]),
+    }
+
+
+def report(results: dict[str, Any]) -> Report:
+    """The results in words, as a table and as a picture."""
+    accuracy, made, steps = results["accuracy"], results["distillation"], results["steps"]
+    rows = [
+        (name, steps[name], value, "{:.3f} to {:.3f}".format(*results["interval_95"][name]))
+        for name, value in accuracy.items()
+    ]
+    continued = f"from the distilled adapter, {SHORT} steps"
+    p = results["p_values"][continued]
+    summary = (
+        f"SmolLM2-135M-Instruct and the demo's nested lists, seed {results['seed']}: {results['train_examples']} "
+        "training examples, 200 held-out ones, greedy answers scored by lm-eval. The adapter has rank "
+        f"{results['rank']} and was distilled on {made['tokens']['fit']} tokens of the training examples, in "
+        f"{made['cpu_seconds']:.0f} s of processor time, from a full fine-tune on the same examples.\n\n"
+        + table(("", "steps", "accuracy", "95% interval"), rows)
+        + f"\n\nWithout any training, the distilled adapter closes {results['gap_closed']:.0%} of the accuracy gap "
+        f"between the base model and the fine-tuned one. Trained on for {SHORT} steps, "
+        f"{SHORT / steps['from zero']:.0%} of those of a training from zero, it reaches {accuracy[continued]:.3f}, "
+        f"where the training from zero reaches {accuracy['from zero']:.3f} (p = {p:.2g}, two-sided exact McNemar "
+        f"test) and one of as few steps from zero {accuracy[f'from zero, {SHORT} steps']:.3f}. After the last block, "
+        f"the hidden states of held-out tokens are {made['blocks'][-1]['after']:.2f} of their norm away from those "
+        "of the fine-tuned model."
+    )
+    figure, axes = figures.new_figure()
+    full = steps["from zero"]
+    figures.draw(
+        axes,
+        [0, SHORT, full],
+        [accuracy[BASE], accuracy[f"from zero, {SHORT} steps"], accuracy["from zero"]],
+        0,
+        "trained from zero",
+    )
+    figures.draw(axes, [0, SHORT], [accuracy[DISTILLED], accuracy[continued]], 1, "from the distilled adapter")
+    axes.axhline(accuracy[FINE_TUNED], color="black", linewidth=1, linestyle=":", label="full fine-tune")
+    axes.set_xlabel("training steps of 4 examples")
+    axes.set_ylabel("accuracy on 200 held-out examples")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return Report("A full fine-tune, distilled into a steering adapter", results, summary, figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the data and the order")
+    parser.add_argument("--runs", type=Path, default=Path("demo-run"), help="folder of the runs, finished or not")
+    parser.add_argument(
+        "--output", type=Path, default=Path("eval/results/analysis"), help="folder for the JSON, the table and picture"
+    )
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        results = measure(options.seed, options.runs, console)
+    except runs.RunError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        console.close()
+    command = ["python", "-m", "trl_steer.eval.experiments.distillation", "--seed", str(options.seed)]
+    made = report(results)
+    write(made, options.output, "distillation", command)
+    print(made.summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
