@@ -16,6 +16,17 @@ from .report import write
 # Name -> (module in this package, line in `trl-steer analyze --help`).
 MEASURES = {
     "mlp-share": ("mlp_share", "how large the MLP's output is compared with the attention's and the block's"),
+    "subspace-alignment": ("subspace_alignment", "whether weight updates and steering would learn the same subspace"),
+    "shift-similarity": (
+        "shift_similarity",
+        "whether LoRA and steering of joint adapters shift in the same direction",
+    ),
+    "adapter-norms": ("adapter_norms", "the norms of adapters' updates in each block"),
+    "inspect": ("inspection", "what is in an adapter folder, and whether it is healthy"),
+    "drift": ("drift", "how far an adapter moves the model from its base, for each scaling"),
+    "first-order": ("first_order", "how well first-order theory predicts the change of an MLP's output"),
+    "theorem-3.1": ("theorem_3_1", "how well steering of the block's output can replace that of the MLP's"),
+    "proposition-4.2": ("proposition_4_2", "whether two updates of a simplified model learn the same subspace"),
 }
 
 

@@ -20,17 +20,38 @@ The command line, files and pictures of each measure are in `trl_steer.eval.anal
 """
 
 from .batches import text_batches, token_batches
+from .drift import drift, scaled
+from .expressivity import theorem_3_1
+from .first_order import first_order
+from .inspection import effective_rank, inspect_adapter
 from .mlp_share import mlp_share
+from .norms import adapter_norms
+from .proposition_4_2 import proposition_4_2
+from .shifts import shift_similarity
 from .states import Block, States, blocks_of, check_same_shape, record, record_pair
+from .subspaces import subspace_alignment
+from .updates import Update, read_updates
 
 __all__ = [
     "Block",
     "States",
+    "Update",
+    "adapter_norms",
     "blocks_of",
     "check_same_shape",
+    "drift",
+    "effective_rank",
+    "first_order",
+    "inspect_adapter",
     "mlp_share",
+    "proposition_4_2",
+    "read_updates",
     "record",
     "record_pair",
+    "scaled",
+    "shift_similarity",
+    "subspace_alignment",
     "text_batches",
+    "theorem_3_1",
     "token_batches",
 ]

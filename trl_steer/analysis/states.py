@@ -131,6 +131,12 @@ def blocks_of(model: Any, indices: Sequence[int] | None = None) -> list[Block]:
     return [Block(index, module, BlockAnatomy(module, config)) for index, module in modules.items()]
 
 
+def spread(model: Any) -> list[int]:
+    """The indices of the first, the middle and the last block."""
+    indices = [block.index for block in blocks_of(model)]
+    return sorted({indices[0], indices[len(indices) // 2], indices[-1]})
+
+
 def base_of(model: Any) -> Any:
     """The model itself, where `model` is a `PeftModel`. It still has the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
