@@ -12,7 +12,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_model(
-    parser: argparse.ArgumentParser, adapter: Literal["none", "optional", "several"] = "none", tuned: bool = False
+    parser: argparse.ArgumentParser, adapter: Literal["none", "optional", "required", "several"] = "none", tuned: bool = False
 ) -> None:
     """`--model` and how to load it; with `adapter`, also `--adapter`; with `tuned`, a required `--tuned`."""
     group = parser.add_argument_group("model")
@@ -25,7 +25,7 @@ def add_model(
     if adapter != "none":
         group.add_argument(
             "--adapter",
-            required=adapter == "several",
+            required=adapter != "optional",
             nargs="+" if adapter == "several" else None,
             metavar="ID_OR_DIR",
             help="Hub id or folder of a PEFT adapter of the model" + (", or several" if adapter == "several" else ""),

@@ -49,8 +49,8 @@ def _summary(results: dict[str, Any]) -> str:
     return (
         "The leading left singular vectors of `Y F^T` (which a weight update of the MLP learns first) against those "
         f"of `Y H^T` (steering), with `Y` {what}, over {results['tokens']} tokens. Overlap: mean squared cosine of "
-        "the principal angles between the two subspaces. Chance: that of random subspaces. Diagonal: mean absolute inner "
-        "product of vectors of the same index.\n\n"
+        "the principal angles between the two subspaces. Chance: that of random subspaces. Diagonal: mean absolute "
+        "inner product of vectors of the same index.\n\n"
         + table(("block", "vectors", "overlap", "chance", "diagonal"), cells)
     )
 

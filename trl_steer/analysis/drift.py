@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from ..tuners.steering.functional import adapter_scaling
 from ..tuners.steering.layer import SteeringLayer
-from .states import evaluation, input_device, right_padded
+from .states import evaluation, input_device, right_padded, run_model
 
 SCALINGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 # Tokens whose logits are in float64 at a time.
@@ -104,7 +104,7 @@ def _own_scaling(model: Any, name: str) -> float:
 
 def _logits(model: Any, padded: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(tokens, vocabulary), without padding."""
-    return model(**padded).logits[padded["attention_mask"].bool()]
+    return run_model(model, padded, use_cache=False).logits[padded["attention_mask"].bool()]
 
 
 def _compare(base: torch.Tensor, adapted: torch.Tensor, padded: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.func import functional_call, jvp
 from ..tuners.steering.layer import SteeringLayer
 from .states import Block, blocks_of, record
 
-SCALES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
+SCALES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
 # The slope is fitted to the scales up to this one. Beyond, terms of higher order are visible.
 LARGEST_SCALE = 1e-2
 
@@ -170,6 +170,8 @@ def _float64_mlp(block: Block) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     for name, layer in list(mlp.named_modules()):
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
+        if hasattr(getattr(layer, "config", None), "_experts_implementation"):
+            layer.config._experts_implementation = "eager"  # other implementations have no float64
         if isinstance(layer, BaseTunerLayer):
             if isinstance(layer, LoraLayer) and not layer.disable_adapters:
                 updates = [layer.get_delta_weight(a).double() for a in layer.active_adapters if a in layer.lora_B]

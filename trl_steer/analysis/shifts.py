@@ -12,7 +12,7 @@ from torch import nn
 
 from ..tuners.steering.layer import SteeringLayer
 from ..tuners.steering.sites import get_hidden
-from .states import Block, blocks_of, evaluation, fewest_outputs, input_device, right_padded
+from .states import Block, blocks_of, evaluation, input_device, right_padded, run_model
 
 BINS = 100
 
@@ -53,7 +53,7 @@ def shift_similarity(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) 
         with torch.no_grad(), evaluation(model), ExitStack() as stack:
             for shifts in pairs.values():
                 stack.enter_context(shifts.recorded(mask))
-            model(**padded, **fewest_outputs(model))
+            run_model(model, padded)
         for index, shifts in pairs.items():
             similarity = shifts.similarity()
             moments[index] += torch.stack([similarity**0, similarity, similarity.abs(), similarity**2]).sum(1)
