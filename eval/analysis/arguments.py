@@ -12,7 +12,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_model(
-    parser: argparse.ArgumentParser, adapter: Literal["none", "optional", "required"] = "none", tuned: bool = False
+    parser: argparse.ArgumentParser,
+    adapter: Literal["none", "optional", "required", "several"] = "none",
+    tuned: bool = False,
 ) -> None:
     """`--model` and how to load it; with `adapter`, also `--adapter`; with `tuned`, a required `--tuned`."""
     group = parser.add_argument_group("model")
@@ -25,9 +27,10 @@ def add_model(
     if adapter != "none":
         group.add_argument(
             "--adapter",
-            required=adapter == "required",
+            required=adapter != "optional",
+            nargs="+" if adapter == "several" else None,
             metavar="ID_OR_DIR",
-            help="Hub id or folder of a PEFT adapter of the model",
+            help="Hub id or folder of a PEFT adapter of the model" + (", or several" if adapter == "several" else ""),
         )
     if tuned:
         group.add_argument(
@@ -38,6 +41,11 @@ def add_model(
         )
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the model (default: float32)")
     group.add_argument("--device", help="device of the model (default: the accelerator, if there is one, else cpu)")
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """One or several adapter folders, which need no model."""
+    parser.add_argument("adapter", nargs="+", metavar="FOLDER", help="folder or Hub id of an adapter, ours or LoRA")
 
 
 def add_text(parser: argparse.ArgumentParser, split: str = "test", rows: int = 100) -> None:

@@ -20,6 +20,17 @@ MEASURES = {
     "distill": ("distill", "a steering adapter from a fine-tuned model, without training"),
     "lora": ("lora", "the LoRA adapter that explains a steering adapter best, for engines that know only LoRA"),
     "extract": ("extract", "steering vectors from pairs of texts"),
+    "subspace-alignment": ("subspace_alignment", "whether weight updates and steering would learn the same subspace"),
+    "shift-similarity": (
+        "shift_similarity",
+        "whether LoRA and steering of joint adapters shift in the same direction",
+    ),
+    "adapter-norms": ("adapter_norms", "the norms of adapters' updates in each block"),
+    "inspect": ("inspection", "what is in an adapter folder, and whether it is healthy"),
+    "drift": ("drift", "how far an adapter moves the model from its base, for each scaling"),
+    "first-order": ("first_order", "how well first-order theory predicts the change of an MLP's output"),
+    "theorem-3.1": ("theorem_3_1", "how well steering of the block's output can replace that of the MLP's"),
+    "proposition-4.2": ("proposition_4_2", "whether two updates of a simplified model learn the same subspace"),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trl_steer.checkpoint_names import check_folder
+from trl_steer.checkpoint_names import check_folder, check_on_hub
 
 from .. import models
 from ..console import Report as Progress
@@ -40,7 +40,7 @@ def load_model(args: Any, progress: Progress, adapter: str | None = None) -> tup
         ValueError: Neither `--model` nor an adapter is given, or the adapter is of another base model.
     """
     if adapter is not None:
-        check_folder(adapter, ADAPTER_CONFIG)
+        check_adapter(adapter)
     name = args.model or _base_of(adapter)
     models.check(name)
     name = models.resolve(name, progress.note)
@@ -49,6 +49,16 @@ def load_model(args: Any, progress: Progress, adapter: str | None = None) -> tup
     if adapter is not None:
         model = load_adapter(model, adapter)
     return model.eval(), tokenizer
+
+
+def check_adapter(name: str) -> None:
+    """Checks that an adapter exists.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    check_folder(name, ADAPTER_CONFIG)
+    check_on_hub(name, config=ADAPTER_CONFIG)
 
 
 def load_adapter(model: Any, adapter: str) -> Any:
@@ -151,6 +161,33 @@ def load_batches(args: Any, tokenizer: Any) -> list[dict[str, Any]]:
 def count_tokens(batches: Sequence[dict[str, Any]]) -> int:
     """Tokens of all batches, without padding."""
     return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Short names for adapters, all different: without `/adapter` at the end (of a run), the last part of the path, or
+    as much of it as is needed."""
+    parts = [Path(path).parts[:-1] if Path(path).name == "adapter" else Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def base_parameters(adapter: str) -> int | None:
+    """The number of parameters of an adapter's base model, if its configuration is on this machine."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+    except (OSError, ValueError):
+        return None
 
 
 def _is_adapter(name: str) -> bool:

@@ -32,8 +32,8 @@ def _summary(rows: list[dict[str, Any]], tokens: int) -> str:
     cells = [(row["block"], row["of_sublayers"], row["of_output"]) for row in rows]
     return (
         f"Mean over {tokens} tokens, for each block. Over all blocks, the MLP has {means['of_sublayers']:.2f} of the "
-        f"norms of both sublayers, and its norm is {means['of_output']:.2f} of that of the block's output. The paper's "
-        "Figure 3 shows the first, its text speaks of the second.\n\n"
+        f"norms of both sublayers, and its norm is {means['of_output']:.2f} of that of the block's output. The "
+        "paper's Figure 3 shows the first, its text speaks of the second.\n\n"
         + table(("block", "MLP / (MLP + attention)", "MLP / block output"), cells)
     )
 

@@ -21,11 +21,20 @@ The command line, files and pictures of each measure are in `trl_steer.eval.anal
 
 from .batches import text_batches, token_batches
 from .distill import Distilled, distill
+from .drift import drift, scaled
+from .expressivity import theorem_3_1
 from .extract import Extracted, extract
+from .first_order import first_order
+from .inspection import effective_rank, inspect_adapter
 from .mlp_share import mlp_share
+from .norms import adapter_norms
 from .oracle import oracle
+from .proposition_4_2 import proposition_4_2
+from .shifts import shift_similarity
 from .splits import Split, split_rows
 from .states import Block, States, blocks_of, check_same_shape, record, record_pair
+from .subspaces import subspace_alignment
+from .updates import Update, read_updates
 
 __all__ = [
     "Block",
@@ -33,15 +42,27 @@ __all__ = [
     "Extracted",
     "Split",
     "States",
+    "Update",
+    "adapter_norms",
     "blocks_of",
     "check_same_shape",
     "distill",
+    "drift",
+    "effective_rank",
     "extract",
+    "first_order",
+    "inspect_adapter",
     "mlp_share",
     "oracle",
+    "proposition_4_2",
+    "read_updates",
     "record",
     "record_pair",
+    "scaled",
+    "shift_similarity",
     "split_rows",
+    "subspace_alignment",
     "text_batches",
+    "theorem_3_1",
     "token_batches",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..tuners.steering.matching import block_index, find_blocks, text_config
+from ..tuners.steering.prompts import is_watched
 from ..tuners.steering.sites import SITES, BlockAnatomy, Site, get_hidden
 
 RESIDUAL = "residual"
@@ -93,7 +94,7 @@ def record(
         for block in blocks_of(model, blocks):
             for name in names:
                 stack.callback(_record_site(states._kept, block, name, mask).remove)
-        model(**batch, **fewest_outputs(model))
+        run_model(model, batch)
     return states
 
 
@@ -129,6 +130,12 @@ def blocks_of(model: Any, indices: Sequence[int] | None = None) -> list[Block]:
         raise ValueError(f"There is no block {missing[0]}: {type(base).__name__} has blocks 0 to {len(names) - 1}.")
     modules = {index: base.get_submodule(names[index]) for index in (names if indices is None else indices)}
     return [Block(index, module, BlockAnatomy(module, config)) for index, module in modules.items()]
+
+
+def spread(model: Any) -> list[int]:
+    """The indices of the first, the middle and the last block."""
+    indices = [block.index for block in blocks_of(model)]
+    return sorted({indices[0], indices[len(indices) // 2], indices[-1]})
 
 
 def base_of(model: Any) -> Any:
@@ -173,6 +180,25 @@ def right_padded(batch: Mapping[str, torch.Tensor], device: torch.device | None 
 def input_device(model: Any) -> torch.device:
     """The device of the input embeddings."""
     return model.get_input_embeddings().weight.device
+
+
+def run_model(model: Any, padded: Mapping[str, torch.Tensor], **options: Any) -> Any:
+    """
+    Runs a causal model on a batch with all padding on the right.
+
+    Padding is not masked, because no token before it attends to it. If it was, a padding token whose attention window
+    holds only padding would attend to nothing, which gives NaN in some implementations of attention.
+
+    Args:
+        model (`nn.Module`): A causal language model, with or without adapters.
+        padded (`Mapping[str, torch.Tensor]`): A batch of [`right_padded`].
+        options: Arguments of the forward pass. Default: those of [`fewest_outputs`].
+    """
+    mask = padded["attention_mask"]
+    # An adapter that edits some tokens of the prompt has to know where it ends.
+    prompt = {"completion_mask": 1 - mask} if is_watched(base_of(model)) else {}
+    options = options or fewest_outputs(model)
+    return model(input_ids=padded["input_ids"], attention_mask=torch.ones_like(mask), **prompt, **options)
 
 
 def fewest_outputs(model: Any) -> dict[str, Any]:
