@@ -53,10 +53,19 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     pairs = read_pairs(args.pairs)
     with new_folders(args.save) as (partial,):
         model, tokenizer = inputs.load_model(args, progress)
-        sides = [_batches([pair[side] for pair in pairs], args, tokenizer) for side in ("positive", "negative")]
+        positive, negative = (
+            _batches([pair[side] for pair in pairs], args, tokenizer) for side in ("positive", "negative")
+        )
         progress.step("Running the model")
         made = extract(
-            model, *sides, args.method, args.position, args.strength, args.blocks, progress=progress.progress
+            model,
+            positive,
+            negative,
+            method=args.method,
+            position=args.position,
+            strength=args.strength,
+            blocks=args.blocks,
+            progress=progress.progress,
         )
         progress.end("done")
         made.model.save_pretrained(str(partial))

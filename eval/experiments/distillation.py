@@ -29,8 +29,8 @@ from ..analysis.report import Report, table, write
 from ..console import Console
 from ..demo import preset
 
-METHOD, RANK = "low_rank", 8
-SHORT = 30
+METHOD: runs.Method = "low_rank"
+RANK, SHORT = 8, 30
 FINE_TUNED, DISTILLED, BASE = "full fine-tune", "distilled, without training", "base model"
 
 
@@ -138,6 +138,7 @@ def measure(seed: int, folder: Path, console: Console) -> dict[str, Any]:
     record = read_json(adapter / "distillation.json")
     accuracy = {name: sum(right) / len(right) for name, right in answers.items()}
     steps = {name: run.training["steps"] for name, run in trained.items()}
+    ours = answers["from zero"]
     return {
         "seed": seed,
         "train_examples": settings.source["train"],
@@ -146,7 +147,11 @@ def measure(seed: int, folder: Path, console: Console) -> dict[str, Any]:
         "steps": {BASE: 0, FINE_TUNED: steps["from zero"], DISTILLED: 0, **steps},
         "accuracy": accuracy,
         "interval_95": {name: list(wilson_interval(sum(right), len(right))) for name, right in answers.items()},
-        "p_values": {name: exact_mcnemar(answers["from zero"], right, "two-sided") for name, right in answers.items()},
+        "p_values": {
+            name: exact_mcnemar(ours, right, alternative="two-sided")
+            for name, right in answers.items()
+            if right != ours
+        },
         "gap_closed": (accuracy[DISTILLED] - accuracy[BASE]) / (accuracy[FINE_TUNED] - accuracy[BASE]),
     }
 

@@ -122,8 +122,8 @@ def _row(
         "sites": {},
     }
     for site in sites:
-        parts = [part.moments[block, site] for part in sums]
-        shares = explained_share(held_out_errors(*parts, ridges=ridges), parts[2])
+        fitted, validation, held_out = (part.moments[block, site] for part in sums)
+        shares = explained_share(held_out_errors(fitted, validation, held_out, ridges), held_out)
         row["sites"][site] = {
             "ranks": {rank: shares[rank].item() for rank in ranks if rank < len(shares)},
             "full": shares[-1].item(),

@@ -150,9 +150,9 @@ def choose(
         rank = len(errors)
         if choose_rank:
             rank = int((errors <= errors.min() + tolerance * validation.yy).nonzero()[0]) + 1
-        error = float(errors[rank - 1])
-        if best is None or error < best[0]:
-            best = error, Choice(factors, rank, ridge)
+        left = float(errors[rank - 1])
+        if best is None or left < best[0]:
+            best = left, Choice(factors, rank, ridge)
     if best is None:
         raise failure or ValueError("There is no ridge to choose from. Pass at least one.")
     choice = best[1]

@@ -64,7 +64,8 @@ def _are_different(ours: str | None, theirs: str | None) -> bool:
 
 
 def _write(tuner: Any, adapter_name: str, found: Any, tensors: dict[str, torch.Tensor]) -> None:
-    layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[found.peft_type].steering_layer_cls
+    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[found.peft_type]
+    layer_cls = tuner_cls.steering_layer_cls
     leaf = layer_cls.adapter_layer_names[0]
     places = {
         f"{PREFIX}{name}.{leaf}.{tensor_name}": parameter
