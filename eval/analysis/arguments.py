@@ -12,7 +12,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_model(
-    parser: argparse.ArgumentParser, adapter: Literal["none", "optional", "required", "several"] = "none", tuned: bool = False
+    parser: argparse.ArgumentParser,
+    adapter: Literal["none", "optional", "required", "several"] = "none",
+    tuned: bool = False,
 ) -> None:
     """`--model` and how to load it; with `adapter`, also `--adapter`; with `tuned`, a required `--tuned`."""
     group = parser.add_argument_group("model")
