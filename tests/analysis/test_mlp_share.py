@@ -14,7 +14,9 @@ def test_share_is_the_mean_of_ratios_of_norms(name):
     direct = sublayer_outputs(model)
     rows = mlp_share(model, batches(name))
     for block, row in enumerate(rows):
-        mlp, attention, output = (np.linalg.norm(direct[part][block], axis=1) for part in ("mlp", "attention", "output"))
+        mlp, attention, output = (
+            np.linalg.norm(direct[part][block], axis=1) for part in ("mlp", "attention", "output")
+        )
         assert row["block"] == block
         assert row["of_sublayers"] == pytest.approx((mlp / (mlp + attention)).mean(), abs=1e-10)
         assert row["of_output"] == pytest.approx((mlp / output).mean(), abs=1e-10)

@@ -20,6 +20,8 @@ from .states import Block, blocks_of, record
 SCALES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
 # The slope is fitted to the scales up to this one. Beyond, terms of higher order are visible.
 LARGEST_SCALE = 1e-2
+# Remainders below this fraction of the change are rounding errors.
+ROUNDING = 1e-10
 
 
 def first_order(
@@ -53,7 +55,7 @@ def first_order(
         `list[dict]`: For each block and path `block`, `path` (`"steering"` or `"weights"`) and `source` (`"adapter"`
         or `"random"`); for each scale (lists) `scale`, `change`, `predicted` and `remainder`, which are root mean
         squares over tokens of norms (of the prediction's error for `remainder`); `slope`, that of the remainder over
-        the scales up to 0.01; and for weights `last_layer` and `other_layers`, the norms of the two terms at `e = 1`
+        the scales up to 0.01, `None` for a linear change; and for weights `last_layer` and `other_layers`, the norms of the two terms at `e = 1`
         (`None` if the MLP has no single last linear layer).
 
     Raises:
@@ -91,7 +93,7 @@ class _Path:
             "change": change,
             "predicted": predicted,
             "remainder": remainder,
-            "slope": slope(self.scales, remainder),
+            "slope": slope(self.scales, change, remainder),
         }
         if self.terms is not None:
             last, others = (self.terms / tokens).sqrt().tolist()
@@ -99,13 +101,13 @@ class _Path:
         return result
 
 
-def slope(scales: Sequence[float], remainders: Sequence[float]) -> float | None:
-    """The slope of the line through the logarithms, by least squares, for scales up to [`LARGEST_SCALE`]. `None` if
-    fewer than two remainders are positive."""
+def slope(scales: Sequence[float], changes: Sequence[float], remainders: Sequence[float]) -> float | None:
+    """The slope of the line through the logarithms of remainders over those of scales up to [`LARGEST_SCALE`], by least
+    squares. `None` if the change is linear, so that remainders are rounding errors."""
     points = [
         (math.log(scale), math.log(remainder))
-        for scale, remainder in zip(scales, remainders, strict=True)
-        if scale <= LARGEST_SCALE * (1 + 1e-9) and remainder > 0
+        for scale, change, remainder in zip(scales, changes, remainders, strict=True)
+        if scale <= LARGEST_SCALE * (1 + 1e-9) and remainder > ROUNDING * change
     ]
     if len(points) < 2:
         return None
