@@ -12,13 +12,19 @@ LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)), "-")
 SEQUENTIAL = "Blues"
 
 
-def new_figure(columns: int = 1, width: float = 6.4, height: float = 3.8, **kwargs: Any) -> tuple[Any, Any]:
-    """A figure and its axes, an array if there are several columns. It needs no display."""
+def new_figure(width: float = 6.4, height: float = 3.8) -> tuple[Any, Any]:
+    """A figure and its axes. It needs no display."""
+    figure, (axes,) = new_row(1, width, height)
+    return figure, axes
+
+
+def new_row(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with several axes beside each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(1, columns, **kwargs)
-    for each in [axes] if columns == 1 else axes:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25, linewidth=0.6)
         each.set_axisbelow(True)

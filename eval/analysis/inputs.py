@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -228,9 +227,11 @@ def _check_all_loaded(model: Any, adapter: str, header: dict[str, Any]) -> None:
 
 def _quiet() -> None:
     """Leaves the screen to our progress."""
+    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore")

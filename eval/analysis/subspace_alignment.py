@@ -56,7 +56,7 @@ def _summary(results: dict[str, Any]) -> str:
 
 
 def _figure(rows: list[dict[str, Any]]) -> Any:
-    figure, axes = figures.new_figure(len(rows), width=0.6 + 2.7 * len(rows), height=3.2, squeeze=False)
+    figure, axes = figures.new_row(len(rows), width=1.2 + 2.7 * len(rows), height=3.2)
     for index, (each, row) in enumerate(zip(axes, rows, strict=True)):
         image = each.imshow(row["inner_products"], vmin=0, vmax=1, cmap=figures.SEQUENTIAL, interpolation="nearest")
         each.grid(False)
@@ -64,5 +64,5 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
         each.set_xlabel("singular vector of $YH^T$ (steering)", fontsize=8)
         if not index:
             each.set_ylabel("singular vector of $YF^T$ (weights)", fontsize=8)
-    figure.colorbar(image, ax=list(axes), label="absolute inner product")
+    figure.colorbar(image, ax=axes, label="absolute inner product")
     return figure

@@ -1,4 +1,4 @@
-"""The error of the best steering of the block's output in place of one of the MLP's, and Theorem 3.1's bound."""
+"""The error of the best steering of the block's output in place of one of the MLP's, and Theorem 3.1's bounds."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
 
 def _summary(results: dict[str, Any]) -> str:
     rows = results["blocks"]
-    cells = [(row["block"], row["error"], row["bound"]) for row in rows]
+    cells = [(row["block"], row["lower"], row["error"], row["upper"]) for row in rows]
     return (
         f"Over {results['tokens']} tokens: the relative error of the best linear map of the block's output in place "
-        "of a linear map of the MLP's output, and the bound from the principal angles between their row spaces.\n\n"
-        + table(("block", "error", "bound"), cells)
+        "of a linear map of the MLP's output, and its bounds from the principal angles between their row spaces.\n\n"
+        + table(("block", "lower bound", "error", "upper bound"), cells)
     )
 
 
@@ -43,7 +43,8 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     figure, axes = figures.new_figure()
     blocks = [row["block"] for row in rows]
     figures.draw(axes, blocks, [row["error"] for row in rows], 0, "best linear map, measured")
-    figures.draw(axes, blocks, [row["bound"] for row in rows], 1, "bound of Theorem 3.1")
+    bounds = [[row[name] for row in rows] for name in ("lower", "upper")]
+    axes.fill_between(blocks, *bounds, color="0.85", linewidth=0, label="between the bounds of Theorem 3.1")
     figures.over_blocks(axes, "relative error (Frobenius norm)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -19,9 +19,10 @@ the padding or the order of the texts, apart from rounding.
 The command line, files and pictures of each measure are in `trl_steer.eval.analysis`.
 """
 
+from .adapters import scaled
 from .batches import text_batches, token_batches
 from .distill import Distilled, distill
-from .drift import drift, scaled
+from .drift import drift
 from .expressivity import theorem_3_1
 from .extract import Extracted, extract
 from .first_order import first_order

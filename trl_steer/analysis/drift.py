@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora import LoraLayer
 
-from ..tuners.steering.functional import adapter_scaling
-from ..tuners.steering.layer import SteeringLayer
+from .adapters import scaled
 from .states import evaluation, input_device, right_padded, run_model
 
 SCALINGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -69,37 +65,6 @@ def drift(
             }
         )
     return {"tokens": tokens, "base_perplexity": _perplexity(base_loss, predicted), "scalings": rows}
-
-
-@contextmanager
-def scaled(model: Any, factor: float) -> Iterator[None]:
-    """
-    Context manager that multiplies the update of the active adapters by a factor. In a joint adapter, both halves.
-
-    Args:
-        model (`PeftModel`): A model with an active adapter, ours or LoRA.
-        factor (`float`): The factor. 1 is the adapter as it is, 0 switches it off.
-
-    Raises:
-        ValueError: The adapter cannot be scaled.
-    """
-    names = [name for name in model.active_adapters if name in model.peft_config]
-    with ExitStack() as stack:
-        if any(isinstance(module, LoraLayer) for module in model.modules()):
-            # The steering half of a joint adapter follows LoRA.
-            stack.enter_context(rescale_adapter_scale(model, float(factor)))
-        else:
-            for name in names:
-                stack.enter_context(adapter_scaling(model, name, factor * _own_scaling(model, name)))
-        yield
-
-
-def _own_scaling(model: Any, name: str) -> float:
-    layers = [module for module in model.modules() if isinstance(module, SteeringLayer) and name in module.adapters]
-    if not layers:
-        kind = model.peft_config[name].peft_type
-        raise ValueError(f"Adapter {name!r} of type {kind} cannot be scaled. Use one of ours or LoRA.")
-    return layers[0].adapters[name].scaling
 
 
 def _logits(model: Any, padded: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..tuners.steering.layer import SteeringLayer
+from .adapters import steering_at
 from .states import Block, blocks_of, record
 
 
@@ -16,7 +16,7 @@ def theorem_3_1(
     model: Any, batches: Iterable[Mapping[str, torch.Tensor]], blocks: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
     """
-    The error of the best linear steering of the block's output in place of one of the MLP's output, and its bound.
+    The error of the best linear steering of the block's output in place of one of the MLP's output, and its bounds.
 
     With `F` and `H` (d, tokens) the outputs of the MLP and of the block in the base model, `R` (d, d) a linear map of
     the MLP's output, and `P` the projection onto the row space of `H`, the best map `S` of the block's output has
@@ -24,10 +24,13 @@ def theorem_3_1(
 
         ||R F - S H|| / ||R F|| = ||R F (I - P)|| / ||R F||,
 
-    with Frobenius norms. With `s_i` the singular values of `R F`, and `t_i` the principal angles between the row
-    spaces of `F` and `H`, both in descending order, its square is at most
+    with Frobenius norms. Let `s_i` be the singular values of `R F`, in descending order, and `t_i` the principal
+    angles between the row spaces of `F` and `H`. By von Neumann's trace inequality, the sum of the theorem,
 
-        sum_i s_i^2 sin^2(t_i) / sum_i s_i^2.
+        sum_i s_i^2 sin^2(t_i) / sum_i s_i^2,
+
+    is at most the square of the error with the angles in ascending order, as they are usually numbered, and at least
+    that in descending order. The two are equal if the angles are.
 
     Computed from the (d, d) products `F F^T`, `F H^T` and `H H^T`, which are summed up in float64.
 
@@ -39,8 +42,8 @@ def theorem_3_1(
         blocks (`Sequence[int]`, *optional*): Indices of the blocks. Default: all.
 
     Returns:
-        `list[dict]`: For each block `block`; `error`, the relative error; `bound`, the square root of the bound; and
-        `angles`, the principal angles in degrees, in ascending order.
+        `list[dict]`: For each block `block`; `error`, the relative error; `lower` and `upper`, the square roots of the
+        two sums; and `angles`, the principal angles in degrees, in ascending order.
 
     Raises:
         ValueError: There are not more tokens than `d`, so that the error would be zero; or steering at `post_mlp` is
@@ -77,9 +80,14 @@ def _errors(block: Block, FF: torch.Tensor, FH: torch.Tensor, HH: torch.Tensor) 
     captured = (R @ FH @ whiten_H).square().sum()
     return {
         "error": ((total - captured).clamp(min=0) / total).sqrt().item(),
-        "bound": ((spectrum * sine_squares.flip(0)).sum() / total).sqrt().item(),
+        "lower": _bound(spectrum, sine_squares, total),
+        "upper": _bound(spectrum, sine_squares.flip(0), total),
         "angles": sine_squares.clamp(min=0).sqrt().asin().rad2deg().tolist(),
     }
+
+
+def _bound(spectrum: torch.Tensor, sine_squares: torch.Tensor, total: torch.Tensor) -> float:
+    return ((spectrum * sine_squares[: len(spectrum)]).sum().clamp(min=0) / total).sqrt().item()
 
 
 def _whitening(gram: torch.Tensor) -> torch.Tensor:
@@ -90,12 +98,11 @@ def _whitening(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _linear_map(block: Block, like: torch.Tensor) -> torch.Tensor:
-    R, found = torch.zeros_like(like), False
-    for layer in block.module.children():
-        for name in layer.active_adapters if isinstance(layer, SteeringLayer) else ():
-            adapter: Any = layer.adapters._modules.get(name)
-            if adapter is not None and adapter.site == "post_mlp" and not adapter.is_offset:
-                update = adapter.merge(block.site("post_mlp"), layer.effective_scaling(name, adapter))
-                R += update.left.to(R) @ update.right.to(R)
-                found = True
-    return R if found else torch.eye(len(like), dtype=like.dtype, device=like.device)
+    """`R`, (d, d)."""
+    R = torch.zeros_like(like)
+    linear = [(layer, name) for layer, name in steering_at(block, "post_mlp") if not layer.adapters[name].is_offset]
+    for layer, name in linear:
+        adapter = layer.adapters[name]
+        update = adapter.merge(block.site("post_mlp"), layer.effective_scaling(name, adapter))
+        R += update.left.to(R) @ update.right.to(R)
+    return R if linear else torch.eye(len(like), dtype=like.dtype, device=like.device)

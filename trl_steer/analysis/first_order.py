@@ -9,17 +9,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call, jvp
 
-from ..tuners.steering.layer import SteeringLayer
+from ..choices import ALL
+from .adapters import lora_outside_attention, steering_at
 from .states import Block, blocks_of, record
 
 SCALES = tuple(10 ** (exponent / 2) for exponent in range(-6, 1))
 # The slope is fitted to the scales up to this one. Beyond, terms of higher order are visible.
 LARGEST_SCALE = 1e-2
+# Remainders below this fraction of the change are rounding errors.
+ROUNDING = 1e-10
 
 
 def first_order(
@@ -53,7 +55,7 @@ def first_order(
         `list[dict]`: For each block and path `block`, `path` (`"steering"` or `"weights"`) and `source` (`"adapter"`
         or `"random"`); for each scale (lists) `scale`, `change`, `predicted` and `remainder`, which are root mean
         squares over tokens of norms (of the prediction's error for `remainder`); `slope`, that of the remainder over
-        the scales up to 0.01; and for weights `last_layer` and `other_layers`, the norms of the two terms at `e = 1`
+        the scales up to 0.01, `None` for a linear change; and for weights `last_layer` and `other_layers`, the norms of the two terms at `e = 1`
         (`None` if the MLP has no single last linear layer).
 
     Raises:
@@ -91,7 +93,7 @@ class _Path:
             "change": change,
             "predicted": predicted,
             "remainder": remainder,
-            "slope": slope(self.scales, remainder),
+            "slope": slope(self.scales, change, remainder),
         }
         if self.terms is not None:
             last, others = (self.terms / tokens).sqrt().tolist()
@@ -99,13 +101,13 @@ class _Path:
         return result
 
 
-def slope(scales: Sequence[float], remainders: Sequence[float]) -> float | None:
-    """The slope of the line through the logarithms, by least squares, for scales up to [`LARGEST_SCALE`]. `None` if
-    fewer than two remainders are positive."""
+def slope(scales: Sequence[float], changes: Sequence[float], remainders: Sequence[float]) -> float | None:
+    """The slope of the line through the logarithms of remainders over those of scales up to [`LARGEST_SCALE`], by least
+    squares. `None` if the change is linear, so that remainders are rounding errors."""
     points = [
         (math.log(scale), math.log(remainder))
-        for scale, remainder in zip(scales, remainders, strict=True)
-        if scale <= LARGEST_SCALE * (1 + 1e-9) and remainder > 0
+        for scale, change, remainder in zip(scales, changes, remainders, strict=True)
+        if scale <= LARGEST_SCALE * (1 + 1e-9) and remainder > ROUNDING * change
     ]
     if len(points) < 2:
         return None
@@ -116,9 +118,9 @@ def slope(scales: Sequence[float], remainders: Sequence[float]) -> float | None:
 
 @torch.no_grad()
 def _measure(block: Block, x: torch.Tensor, paths: dict[tuple[int, str], _Path], seed: int) -> None:
-    mlp, delta = _float64_mlp(block)
+    mlp, delta, last = _float64_mlp(block)
     generator = torch.Generator().manual_seed(seed + block.index)
-    matrices = {name: p for name, p in mlp.named_parameters() if p.dim() > 1}
+    matrices: dict[str, torch.Tensor] = {name: p for name, p in mlp.named_parameters() if p.dim() > 1}
     no_change = {name: torch.zeros_like(p) for name, p in matrices.items()}
     direction = _steering_at_input(block, x)
     steering, weights = paths[block.index, "steering"], paths[block.index, "weights"]
@@ -142,7 +144,6 @@ def _measure(block: Block, x: torch.Tensor, paths: dict[tuple[int, str], _Path],
     _add(
         steering, output(matrices, x), derivative(no_change, direction), lambda e: output(matrices, x + e * direction)
     )
-    last = _last_layer(block, matrices)
     terms = [derivative({**no_change, last: delta[last]}, torch.zeros_like(x))] if last else []
     if last:
         terms.append(derivative({**delta, last: no_change[last]}, torch.zeros_like(x)))
@@ -159,40 +160,46 @@ def _add(path: _Path, before: torch.Tensor, derivative: Any, output_at: Any) -> 
             path.sums[row, index] += value.square().sum().cpu()
 
 
-def _float64_mlp(block: Block) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A copy of the base model's MLP in float64, and what active LoRA layers in it add to its weights."""
-    mlp = block.anatomy.mlp_module()
-    if any(p.is_meta or not p.is_floating_point() for p in mlp.parameters()):
+def _float64_mlp(block: Block) -> tuple[nn.Module, dict[str, torch.Tensor], str | None]:
+    """A copy of the base model's MLP in float64, what active LoRA layers in it add to its weights, by their names, and
+    the name of the weight of its last linear layer."""
+    original = block.anatomy.mlp_module()
+    if any(p.is_meta or not p.is_floating_point() for p in original.parameters()):
         raise ValueError(
             f"The MLP of block {block.index} is quantized or offloaded. Load the model in float32, without either."
         )
-    mlp, delta = copy.deepcopy(mlp), {}
-    for name, layer in list(mlp.named_modules()):
+    lora = [id(layer) for layer in lora_outside_attention(block).values()]
+    has_experts = any(parameter.dim() > 2 for parameter in original.parameters())
+    last = None if has_experts else block.anatomy.linear_layers().get(block.anatomy.mlp_output() or "")
+    delta, last_weight, mlp = {}, None, copy.deepcopy(original)
+    modules: list[tuple[str, Any]] = list(original.named_modules())
+    for name, layer in modules:
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if base is last and last is not None:
+            last_weight = f"{name.removesuffix('.base_layer')}.weight"
+        if id(layer) in lora:
+            updates = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.lora_B]
+            delta[f"{name}.weight"] = torch.stack(updates).double().sum(0)
+    _remove_adapters(mlp)
+    return mlp.double().eval(), delta, last_weight
+
+
+def _remove_adapters(mlp: nn.Module) -> None:
+    """Removes adapters and hooks from a copy of an MLP."""
+    modules: list[tuple[str, Any]] = list(mlp.named_modules())
+    for name, layer in modules:
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
         if hasattr(getattr(layer, "config", None), "_experts_implementation"):
             layer.config._experts_implementation = "eager"  # other implementations have no float64
         if isinstance(layer, BaseTunerLayer):
-            if isinstance(layer, LoraLayer) and not layer.disable_adapters:
-                updates = [layer.get_delta_weight(a).double() for a in layer.active_adapters if a in layer.lora_B]
-                delta |= {f"{name}.weight": torch.stack(updates).sum(0)} if updates else {}
             parent, _, child = name.rpartition(".")
             setattr(mlp.get_submodule(parent), child, layer.get_base_layer())
-    return mlp.double().eval(), delta
-
-
-def _last_layer(block: Block, matrices: Mapping[str, Any]) -> str | None:
-    """Name in the MLP of the weight of its last linear layer."""
-    name = block.anatomy.mlp_output() or ""
-    inside = name.removeprefix(f"{block.anatomy.mlp}.") if block.anatomy.mlp else "2"
-    return f"{inside}.weight" if f"{inside}.weight" in matrices else None
 
 
 def _steering_at_input(block: Block, x: torch.Tensor) -> torch.Tensor | None:
     """What active steering adds to the input of the MLP, (tokens, d)."""
-    for layer in block.module.children():
-        if isinstance(layer, SteeringLayer):
-            active = [layer.adapters[name] for name in layer.active_adapters if name in layer.adapters]
-            if any(adapter.site == "pre_mlp" and adapter.positions == "all" for adapter in active):
-                return layer(x[None], site="pre_mlp")[0] - x
+    for layer, name in steering_at(block, "pre_mlp"):
+        if layer.adapters[name].positions == ALL:
+            return layer(x[None], site="pre_mlp")[0] - x
     return None

@@ -9,6 +9,8 @@ import torch
 
 from .states import blocks_of, record
 
+NAMES = ("post_mlp", "post_attn", "post_block")
+
 
 def mlp_share(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, float]]:
     """
@@ -34,11 +36,10 @@ def mlp_share(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> list
     blocks = [block.index for block in blocks_of(model)]
     sums, tokens = {block: torch.zeros(5, dtype=torch.float64) for block in blocks}, 0
     for batch in batches:
-        states = record(model, batch, ["post_mlp", "post_attn", "post_block"])
+        states = record(model, batch, NAMES)
         tokens += sum(states.lengths)
         for block in blocks:
-            names = ("post_mlp", "post_attn", "post_block")
-            mlp, attention, output = (states[block, name].norm(dim=1) for name in names)
+            mlp, attention, output = (states[block, name].norm(dim=1) for name in NAMES)
             values = torch.stack([_ratio(mlp, mlp + attention), _ratio(mlp, output), mlp, attention, output])
             sums[block] += values.sum(1).cpu()
     if not tokens:

@@ -7,11 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..tuners.steering.layer import SteeringLayer
 from ..tuners.steering.sites import get_hidden
+from .adapters import lora_outside_attention, steering_at
 from .states import Block, blocks_of, evaluation, input_device, right_padded, run_model
 
 BINS = 100
@@ -87,12 +86,8 @@ class _Shifts:
 
     def __init__(self, block: Block):
         self.block = block
-        self.lora = [
-            module
-            for name, module in block.module.named_modules()
-            if isinstance(module, LoraLayer) and not block.anatomy.is_in_attention(name) and _is_active(module)
-        ]
-        self.steering = [module for module in block.module.children() if _steers_output(module)]
+        self.lora = list(lora_outside_attention(block).values())
+        self.steering = [layer for layer, _ in steering_at(block, "post_block")]
         self._mlp: Any = None
         self._shifts: dict[str, torch.Tensor] = {}
 
@@ -103,7 +98,7 @@ class _Shifts:
     @contextmanager
     def recorded(self, mask: torch.Tensor) -> Iterator[None]:
         """Context manager that records the shifts of the tokens in `mask` (rows * length,)."""
-        (layer,) = self.steering
+        layer = self.steering[0]
         mlp = self.block.module.get_submodule(self.block.site("post_mlp").module)
         with ExitStack() as stack:
             # The hook of steering has been registered with `prepend=True`, so it runs before the one of this block.
@@ -135,19 +130,6 @@ class _Shifts:
         with _disabled(self.lora):
             block.forward(*args, **kwargs)  # without the hooks of the block, of which this is one
         self._shifts["lora"] = with_lora - self._mlp
-
-
-def _is_active(layer: Any) -> bool:
-    if layer.merged:
-        raise ValueError("The adapter is merged. Call `unmerge_adapter()` first.")
-    return not layer.disable_adapters and any(name in layer.scaling for name in layer.active_adapters)
-
-
-def _steers_output(module: Any) -> bool:
-    if not isinstance(module, SteeringLayer) or module.disable_adapters:
-        return False
-    active = [module.adapters[name] for name in module.active_adapters if name in module.adapters]
-    return any(adapter.site == "post_block" for adapter in active)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ RESIDUAL = "residual"
 STATES = (RESIDUAL, *SITES)
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """
     A transformer block.
 

@@ -59,14 +59,14 @@ def subspace_alignment(
             Y = after[block, "post_block"] - (H if target == "shift" else 0)
             for index, X in enumerate((before[block, "post_mlp"], H)):
                 products[block][index] = products[block][index] + Y.mT @ X
-    return [{"block": block, **_alignment(block, *products[block], k)} for block in chosen]
+    return [{"block": block, **_alignment(block, products[block], k)} for block in chosen]
 
 
-def _alignment(block: int, features: Any, outputs: Any, k: int) -> dict[str, Any]:
-    if not isinstance(features, torch.Tensor):
+def _alignment(block: int, products: list[Any], k: int) -> dict[str, Any]:
+    if not isinstance(products[0], torch.Tensor):
         raise ValueError("There are no prompts to measure on.")
     leading = []
-    for product in (features, outputs):
+    for product in products:
         left, values, _ = torch.linalg.svd(product)
         rank = int((values > values[0] * len(values) * torch.finfo(values.dtype).eps).sum())
         if not rank:
@@ -79,5 +79,5 @@ def _alignment(block: int, features: Any, outputs: Any, k: int) -> dict[str, Any
         "inner_products": inner.tolist(),
         "diagonal": inner.diagonal().mean().item(),
         "overlap": inner.square().sum().item() / k,
-        "chance": k / len(features),
+        "chance": k / len(products[0]),
     }
