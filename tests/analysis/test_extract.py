@@ -115,9 +115,10 @@ def test_wrong_pairs_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pca_diff", "pca_center"])
-def test_directions_are_those_of_repeng(method):
+def test_directions_are_those_of_repeng(method, monkeypatch):
     """In all blocks but the last, where repeng takes the state behind the model's last norm, and the first, which it
     leaves out."""
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # which repeng 0.4 needs, and NumPy 2 removed
     repeng = pytest.importorskip("repeng", reason="the package repeng is not installed")
     from tiny_chat import tiny_model as chat_model
     from tiny_chat import tiny_tokenizer

@@ -52,7 +52,7 @@ def oracle(
         ridges (`Sequence[float]`): The penalties, of which each rank uses the best one on the validation tokens.
         memory_bytes (`int`, defaults to 3 GiB):
             Memory for sums over tokens. If those of all blocks need more, the models run several times.
-        progress (`Callable`, *optional*): Called with the number of finished batches and that of all batches.
+        progress (`Callable`, *optional*): Called with the number of finished steps, batches and blocks, and that of all.
 
     Returns:
         `list[dict]`: A row for each block: `block`, its index; `oracle`, the norm of the oracle as a share of the
@@ -67,7 +67,7 @@ def oracle(
     if base is not None:
         check_same_shape(base, tuned)
     groups = _groups(blocks_of(tuned, blocks), sites, memory_bytes)
-    done, total = 0, len(groups) * sum(map(len, split))
+    done, total = 0, len(groups) * sum(map(len, split)) + sum(map(len, groups))
     rows = []
     for group in groups:
         sums = [_Sums() for _ in split]
@@ -76,7 +76,10 @@ def oracle(
                 part.add(*record_pair(base, tuned, batch, sorted({"post_block", *sites}), group), group, sites)
                 done += 1
                 progress(done, total)
-        rows += [_row(index, sums, sites, ranks, ridges) for index in group]
+        for index in group:
+            rows.append(_row(index, sums, sites, ranks, ridges))
+            done += 1
+            progress(done, total)
     return rows
 
 

@@ -17,7 +17,7 @@ from .moments import Moments
 
 # Penalties to choose from, as factors on the mean square of a regressor. They span the range between hardly any
 # penalty and one that is larger than all but a few directions of a residual stream with outlier tokens.
-RIDGES = (1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-2)
 # A smaller rank is chosen if it explains no more than this share less.
 RANK_TOLERANCE = 1e-6
 
