@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from model_pairs import left_padded, token_rows
-from model_zoo import FAMILIES, tiny_model
+from model_zoo import tiny_model
 from peft import PeftModel
+from tuner_cases import FOUR_FAMILIES
 
 from trl_steer.analysis import extract, record, token_batches
 from trl_steer.analysis.extract import METHODS, direction
@@ -74,7 +75,7 @@ def test_directions_are_exact(method):
     assert row["difference"] == pytest.approx(np.linalg.norm(mean) / norms.mean())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FOUR_FAMILIES, "gemma3n", "llava"])
 def test_the_folder_loads_and_moves_the_states(family, tmp_path):
     batches = [token_batches(rows) for rows in pairs_of_rows(4)]
     made = extract(tiny_model(family), *batches, strength=0.5, blocks=[1])

@@ -118,6 +118,12 @@ def test_the_names_of_two_bases_are_compared(are_folders, tmp_path):
     steer(base, init_from=str(tmp_path / "adapter"))
 
 
+def test_empty_weights_are_an_error(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage=True creates empty weights"):
+        get_peft_model(tiny_model(), steering_config(init_from=str(tmp_path)), low_cpu_mem_usage=True)
+
+
 def test_a_folder_without_weights_is_an_error(tmp_path):
     PostBlockSteeringConfig(r=3).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="Can't find weights"):
