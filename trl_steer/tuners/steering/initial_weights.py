@@ -75,9 +75,7 @@ def _write(tuner: Any, adapter_name: str, found: Any, tensors: dict[str, torch.T
     }
     given = {key: tensor for key, tensor in tensors.items() if f".{leaf}." in key}
     if any(parameter.is_meta for parameter in places.values()):
-        raise ValueError(
-            "low_cpu_mem_usage=True creates empty weights, to be loaded from another folder. Leave it out."
-        )
+        raise ValueError("low_cpu_mem_usage=True creates empty weights, which are to be loaded. Leave it out.")
     check_header(adapter_name, places, given)  # and that values are finite, since these are not meta tensors
     adapter_class = layer_cls.adapter_class(found)
     for key, tensor in given.items():
