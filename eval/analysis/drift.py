@@ -26,6 +26,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     from trl_steer.analysis import drift
     from trl_steer.analysis.drift import SCALINGS
 
+    progress.start(len(args.adapter))
     names, results = inputs.short_names(args.adapter), {}
     for adapter, name in zip(args.adapter, names, strict=True):
         model, tokenizer = inputs.load_model(args, progress, adapter)

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> Report:
     from trl_steer.analysis import shift_similarity
 
+    progress.start(len(args.adapter))
     names, results = inputs.short_names(args.adapter), {}
     for adapter, name in zip(args.adapter, names, strict=True):
         model, tokenizer = inputs.load_model(args, progress, adapter)
