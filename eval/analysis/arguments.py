@@ -75,6 +75,16 @@ def add_blocks(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_relative(parser: argparse.ArgumentParser, model: str) -> None:
+    """`--relative`, for distances relative to the states of a model, `base` or `fine-tuned`."""
+    parser.add_argument(
+        "--relative",
+        action="store_true",
+        help=f"divide distances by the norm of the {model} model's state, token by token, so that tokens with large "
+        "states, such as the first one in many models, do not count more than others (default: off)",
+    )
+
+
 def add_save(parser: argparse.ArgumentParser, what: str) -> None:
     """`--save`, the folder of an adapter that is written."""
     parser.add_argument(

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser, tuned=True)
     arguments.add_text(parser, split="train", rows=500)
     arguments.add_blocks(parser, "all")
+    arguments.add_relative(parser, "fine-tuned")
     arguments.add_save(parser, "adapter")
     parser.add_argument(
         "--steering_type", choices=("low_rank", "vector"), default="low_rank", help="the update (default: low_rank)"
@@ -48,7 +49,14 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
         split = inputs.load_split(args, tokenizer)
         progress.step("Fitting")
         made = distill(
-            base, tuned, split, config, args.choose_rank, tolerance=args.tolerance, progress=progress.progress
+            base,
+            tuned,
+            split,
+            config,
+            choose_rank=args.choose_rank,
+            relative=args.relative,
+            tolerance=args.tolerance,
+            progress=progress.progress,
         )
         progress.end("done")
         made.model.save_pretrained(str(partial))

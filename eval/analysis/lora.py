@@ -15,6 +15,7 @@ from .report import Report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser, adapter="required")
     arguments.add_text(parser, split="train", rows=500)
+    arguments.add_relative(parser, "steered")
     arguments.add_save(parser, "LoRA adapter")
     parser.add_argument("--r", type=arguments.positive, default=8, help="rank of LoRA (default: 8)")
 
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
         base, tuned, tokenizer = inputs.load_separate_pair(args, progress, args.adapter)
         split = inputs.load_split(args, tokenizer)
         progress.step("Fitting")
-        made = fit(base, tuned, split, LoraConfig(r=args.r, task_type="CAUSAL_LM"), progress=progress.progress)
+        config = LoraConfig(r=args.r, task_type="CAUSAL_LM")
+        made = fit(base, tuned, split, config, relative=args.relative, progress=progress.progress)
         progress.end("done")
         made.model.save_pretrained(str(partial))
     tokens = dict(zip(split._fields, map(inputs.count_tokens, split), strict=True))

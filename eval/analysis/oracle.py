@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sites", nargs="+", choices=_SITES, default=list(_SITES), help="where updates read the state (default: all)"
     )
+    arguments.add_relative(parser, "base")
     parser.add_argument(
         "--rank", type=arguments.positive, default=8, help="rank of the shares for each block (default: 8)"
     )
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     split = inputs.load_split(args, tokenizer)
     progress.step("Running both models")
     ranks = sorted({*RANKS, args.rank})
-    rows = oracle(base, tuned, split, args.sites, ranks, args.blocks, progress=progress.progress)
+    rows = oracle(base, tuned, split, args.sites, ranks, args.blocks, args.relative, progress=progress.progress)
     progress.end("done")
     tokens = dict(zip(split._fields, map(inputs.count_tokens, split), strict=True))
     results = {"tokens": tokens, "blocks": rows}
@@ -72,12 +73,13 @@ def _summary(rows: list[dict[str, Any]], rank: int, tokens: dict[str, int]) -> s
         f"constant explains {constant:.3f}.\n\n"
         + table(("rank", *(f"{site}, mean over blocks" for site in sites)), by_rank)
         + f"\n\nRank {rank}, by block. The size of the oracle is relative to the base model's state (root mean "
-        "squares).\n\n" + table(("block", "size of the oracle", "constant", *sites), by_block)
+        "squares over tokens).\n\n" + table(("block", "size of the oracle", "constant", *sites), by_block)
     )
 
 
 def _figure(rows: list[dict[str, Any]], rank: int) -> Any:
-    figure, (left, right) = figures.new_figure(2, width=9.6, sharey=True)
+    figure, (left, right) = figures.new_row(2, 9.6, 3.8)
+    right.sharey(left)
     sites = list(rows[0]["sites"])
     ranks = list(rows[0]["sites"][sites[0]]["ranks"])
     blocks = [row["block"] for row in rows]

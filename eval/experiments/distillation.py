@@ -30,7 +30,7 @@ from ..console import Console
 from ..demo import preset
 
 METHOD: runs.Method = "low_rank"
-RANK, SHORT = 8, 30
+RANK, SHORT = 8, 12
 FINE_TUNED, DISTILLED, BASE = "full fine-tune", "distilled, without training", "base model"
 
 

@@ -17,7 +17,7 @@ LAST = 2
 
 
 def distance(model, goal, batches) -> float:
-    """Of the last block's output, relative to the norm of the goal's."""
+    """Of the last block's output, relative to the norm of the goal's (of root mean squares over tokens)."""
     square = {"distance": 0.0, "goal": 0.0}
     for batch in batches:
         ours, theirs = (record(each, batch, ["post_block"])[LAST, "post_block"] for each in (model, goal))
@@ -66,10 +66,12 @@ def test_only_chosen_blocks_have_an_update():
     assert distance(made.model, goal, split.held_out) < 1e-3
 
 
-def test_blocks_are_fitted_on_steered_states():
+@pytest.mark.parametrize("relative", [True, False])
+def test_blocks_are_fitted_on_steered_states(relative):
     """So the second block gets what a direct regression gives on the states with the update of the first one."""
     goal, split = tuned_model(), split_of(token_rows(48))
-    made = distill(tiny_model(), goal, split, PostBlockSteeringConfig(r=2, task_type="CAUSAL_LM"), ridges=(1e-6,))
+    config = PostBlockSteeringConfig(r=2, task_type="CAUSAL_LM")
+    made = distill(tiny_model(), goal, split, config, relative=relative, ridges=(1e-6,))
     student = made.model
     layer = student.base_model.model.model.layers[1].post_block_steering
     layer.enable_adapters(False)
@@ -78,7 +80,8 @@ def test_blocks_are_fitted_on_steered_states():
         for model in (student, goal)
     )
     layer.enable_adapters(True)
-    y = y - x
+    factor = 1 / np.linalg.norm(y, axis=1, keepdims=True) if relative else 1
+    x, y = factor * x, factor * (y - x)
     penalty = 1e-6 * np.square(x).sum() / x.shape[1]
     full = np.linalg.solve(x.T @ x + penalty * np.eye(32), x.T @ y)
     _, vectors = np.linalg.eigh(y.T @ x @ full)

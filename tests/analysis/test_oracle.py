@@ -27,17 +27,29 @@ def has_site(block, name) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shares_are_those_of_direct_regressions(family):
+    check_shares(family, relative=False)
+
+
+def test_norms_can_be_relative():
+    check_shares("llama", relative=True)
+
+
+def check_shares(family: str, relative: bool) -> None:
     base, tuned, split = tiny_model(family), tuned_model(family), split_of(token_rows(48))
     sites = [site for site in ORACLE_SITES if all(has_site(block, site) for block in blocks_of(base))]
-    rows = oracle(base, tuned, split, sites, ranks=(1, 5), ridges=(RIDGE,))
-    goals = [[states(model, part, "post_block") for model in (base, tuned)] for part in (split.fit, split.held_out)]
+    rows = oracle(base, tuned, split, sites, ranks=(1, 5), relative=relative, ridges=(RIDGE,))
+    parts = split.fit, split.held_out
+    outputs = [[states(model, part, "post_block") for model in (base, tuned)] for part in parts]
     for site in sites:
-        fitted, held_out = (states(base, part, site) for part in (split.fit, split.held_out))
+        inputs = [states(base, part, site) for part in parts]
         for block, row in enumerate(rows):
-            (y, other) = (after[block] - before[block] for before, after in goals)
-            x, d = fitted[block], fitted[block].shape[1]
-            penalty = RIDGE * np.square(x).sum() / d
-            full = np.linalg.solve(x.T @ x + penalty * np.eye(d), x.T @ y)
+            (w, x, y), (v, z, other) = (
+                _scaled(before[block], after[block], x[block], relative)
+                for (before, after), x in zip(outputs, inputs, strict=True)
+            )
+            full = np.linalg.solve(
+                x.T @ x + RIDGE * np.square(x).mean(0).mean() * len(x) * np.eye(x.shape[1]), x.T @ y
+            )
             vectors = np.linalg.eigh(y.T @ x @ full)[1][:, ::-1]
             total = np.square(other).sum()
 
@@ -47,11 +59,18 @@ def test_shares_are_those_of_direct_regressions(family):
             found = row["sites"][site]
             for rank in (1, 5):
                 low_rank = full @ vectors[:, :rank] @ vectors[:, :rank].T
-                assert found["ranks"][rank] == pytest.approx(share(held_out[block] @ low_rank), abs=1e-6)
-            assert found["full"] == pytest.approx(share(held_out[block] @ full), abs=1e-6)
-            assert row["constant"] == pytest.approx(share(y.mean(0)), abs=1e-6)
-            size = (total / np.square(goals[1][0][block]).sum()) ** 0.5
+                assert found["ranks"][rank] == pytest.approx(share(z @ low_rank), abs=1e-6)
+            assert found["full"] == pytest.approx(share(z @ full), abs=1e-6)
+            mean = w @ y / np.square(w).sum()
+            assert row["constant"] == pytest.approx(share(np.outer(v, mean)), abs=1e-6)
+            size = (total / np.square(v[:, None] * outputs[1][0][block]).sum()) ** 0.5
             assert row["oracle"] == pytest.approx(size, rel=1e-6)
+
+
+def _scaled(before, after, x, relative):
+    """The factor of each token, and the states at a site and the oracle times it."""
+    factor = 1 / np.linalg.norm(before, axis=1) if relative else np.ones(len(x))
+    return factor, factor[:, None] * x, factor[:, None] * (after - before)
 
 
 def test_batches_and_groups_of_blocks_do_not_matter():

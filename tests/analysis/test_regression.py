@@ -65,6 +65,18 @@ def test_every_rank_is_the_direct_solution(p, q, tokens, ridge, drawn):
         np.testing.assert_allclose(map_error(balanced, moments_of(*other)).item(), error, rtol=1e-8)
 
 
+def test_weights_count_tokens_several_times():
+    x, y = data(30, 4, 3)
+    weights = np.arange(30) % 4
+    weighted, repeated = Moments(4, 3), moments_of(np.repeat(x, weights, 0), np.repeat(y, weights, 0))
+    weighted.add(torch.tensor(x), torch.tensor(y), torch.tensor(weights))
+    for name in ("xx", "xy", "y", "yy", "mean"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name))
+    assert weighted.weight == repeated.count == repeated.weight
+    errors = [constant_error(torch.ones(3).double(), moments).item() for moments in (weighted, repeated)]
+    assert errors[0] == pytest.approx(errors[1])
+
+
 def test_factors_are_balanced():
     x, y = data(50, 5, 4)
     down, up = fit(moments_of(x, y), 1e-6).of_rank(3)

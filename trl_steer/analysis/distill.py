@@ -17,7 +17,7 @@ from torch import nn
 
 from ..tuners.post_block_steering import PostBlockSteeringConfig
 from .block_by_block import BlockByBlock
-from .moments import Moments
+from .moments import Moments, inverse_square_norms
 from .regression import RANK_TOLERANCE, RIDGES, Factors, choose, constant_error, explained_share, map_error
 from .splits import Batches, Split
 from .states import base_of, check_same_shape
@@ -35,9 +35,9 @@ class Distilled(NamedTuple):
         report (`list[dict]`):
             A row for each block with an update, measured on the held-out tokens: `block`, its index; `rank` and
             `ridge`, the rank and the penalty (not for vectors); `before`, the distance of the block's output from that
-            of the fine-tuned model without this update, as a share of the fine-tuned model's norm (root mean squares
-            over tokens); `after`, the same with the update; `explained`, the share of the squared distance that the
-            update removes.
+            of the fine-tuned model without this update, as a share of the norm of the latter (of root mean
+            squares over tokens); `after`, the same with the update;
+            `explained`, the share of the squared distance that the update removes.
     """
 
     model: PeftModel
@@ -50,6 +50,7 @@ def distill(
     split: Split,
     config: PostBlockSteeringConfig | LoraConfig,
     choose_rank: bool = False,
+    relative: bool = False,
     ridges: Sequence[float] = RIDGES,
     tolerance: float = RANK_TOLERANCE,
     progress: Progress = lambda done, total: None,
@@ -69,6 +70,9 @@ def distill(
         choose_rank (`bool`, defaults to `False`):
             Whether to choose the rank of each block, at most `config.r`, by the error on the validation tokens. The
             adapter then has a `rank_pattern`. Only for low-rank steering.
+        relative (`bool`, defaults to `False`):
+            Whether distances are relative to the norm of the fine-tuned model's state, token by token. If not, tokens
+            with large states count more, such as the first one in many models, as in plain least squares.
         ridges (`Sequence[float]`): The penalties to choose from, by the error on the validation tokens.
         tolerance (`float`): See [`regression.choose`].
         progress (`Callable`, *optional*): Called with the number of finished blocks and that of all blocks.
@@ -89,7 +93,7 @@ def distill(
     report: list[dict[str, Any]] = []
     updates: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        pair = _Pair(student, tuned, split, Path(folder))
+        pair = _Pair(student, tuned, split, Path(folder), relative)
         for position, block in enumerate(pair.student.blocks):
             if target.adapter(block) is None:
                 pair.skip(position)
@@ -111,7 +115,7 @@ def distill(
 
 class _Part(NamedTuple):
     """What a part of the tokens says about one block: `moments` of the regressors and of the distance between both
-    models, and `tuned`, the sum of the squared norms of the fine-tuned model's states."""
+    models, and `tuned`, the weighted sum of the squared norms of the fine-tuned model's states."""
 
     moments: Moments
     tuned: torch.Tensor
@@ -120,8 +124,8 @@ class _Part(NamedTuple):
 class _Pair:
     """Both models, which run on the same batches up to the same block."""
 
-    def __init__(self, student: Any, tuned: Any, split: Split, folder: Path):
-        self.split = split
+    def __init__(self, student: Any, tuned: Any, split: Split, folder: Path, relative: bool):
+        self.split, self.relative = split, relative
         runs = []
         for name, model in (("student", student), ("tuned", tuned)):
             (folder / name).mkdir()
@@ -148,8 +152,9 @@ class _Pair:
             x = output if x is None else x
             if part is None:
                 part = _Part(Moments(x.shape[1], output.shape[1], x.device), goal.new_zeros(()))
-            part.moments.add(x, goal - output.double())
-            part.tuned.add_(goal.square().sum())
+            weights = inverse_square_norms(goal) if self.relative else torch.ones_like(goal[:, 0])
+            part.moments.add(x, goal - output.double(), weights)
+            part.tuned.add_(weights @ goal.square().sum(1))
         if part is None:
             raise ValueError("A part of the split has no batches. Pass more text.")
         return part

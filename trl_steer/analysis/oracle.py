@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .distill import Progress
-from .moments import Moments
+from .moments import Moments, inverse_square_norms
 from .regression import RIDGES, constant_error, explained_share, held_out_errors
 from .splits import Split
 from .states import blocks_of, check_same_shape, record_pair
@@ -31,6 +31,7 @@ def oracle(
     sites: Sequence[str] = ORACLE_SITES,
     ranks: Sequence[int] = RANKS,
     blocks: Sequence[int] | None = None,
+    relative: bool = False,
     ridges: Sequence[float] = RIDGES,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress = lambda done, total: None,
@@ -49,6 +50,9 @@ def oracle(
         sites (`Sequence[str]`): Where the states are read, of [`SITES`].
         ranks (`Sequence[int]`): Ranks of the linear functions. Larger ones than the width are left out.
         blocks (`Sequence[int]`, *optional*): Indices of the blocks. Default: all.
+        relative (`bool`, defaults to `False`):
+            Whether norms are relative to that of the base model's state, token by token. If not, tokens with large
+            states count more, such as the first one in many models, as in plain least squares.
         ridges (`Sequence[float]`): The penalties, of which each rank uses the best one on the validation tokens.
         memory_bytes (`int`, defaults to 3 GiB):
             Memory for sums over tokens. If those of all blocks need more, the models run several times.
@@ -56,7 +60,7 @@ def oracle(
 
     Returns:
         `list[dict]`: A row for each block: `block`, its index; `oracle`, the norm of the oracle as a share of the
-        norm of the base model's state (root mean squares over tokens); `constant`, the share of the oracle's squared
+        norm of the base model's state (of root mean squares over tokens); `constant`, the share of the oracle's squared
         norm that a constant explains; `sites`, for each site the shares by rank (`ranks`) and that of a function of
         any rank (`full`). All are measured on the held-out tokens. A share is 1 if nothing is left, and below 0 if the
         function is worse than none.
@@ -70,7 +74,7 @@ def oracle(
     done, total = 0, len(groups) * sum(map(len, split)) + sum(map(len, groups))
     rows = []
     for group in groups:
-        sums = [_Sums() for _ in split]
+        sums = [_Sums(relative) for _ in split]
         for part, batches in zip(sums, split, strict=True):
             for batch in batches:
                 part.add(*record_pair(base, tuned, batch, sorted({"post_block", *sites}), group), group, sites)
@@ -86,7 +90,8 @@ def oracle(
 class _Sums:
     """Sums over the tokens of one part of the split, by block."""
 
-    def __init__(self) -> None:
+    def __init__(self, relative: bool) -> None:
+        self.relative = relative
         self.moments: dict[tuple[int, str], Moments] = {}
         self.base: dict[int, torch.Tensor] = {}
 
@@ -94,12 +99,13 @@ class _Sums:
         for block in blocks:
             h = before[block, "post_block"]
             difference = after[block, "post_block"].to(h.device) - h
-            self.base[block] = self.base.get(block, 0) + h.square().sum()
+            weights = inverse_square_norms(h) if self.relative else torch.ones_like(h[:, 0])
+            self.base[block] = self.base.get(block, 0) + weights @ h.square().sum(1)
             for site in sites:
                 x = before[block, site]
                 if (block, site) not in self.moments:
                     self.moments[block, site] = Moments(x.shape[1], h.shape[1], h.device)
-                self.moments[block, site].add(x, difference)
+                self.moments[block, site].add(x, difference, weights)
 
 
 def _groups(blocks: Sequence[Any], sites: Sequence[str], memory_bytes: int) -> list[list[int]]:

@@ -3,7 +3,7 @@ r"""Reduced-rank ridge regression from streamed moments, and what it explains of
 The rank-r map `M` (q, p) with the smallest `sum |y - M x|^2 + penalty |M|_F^2` is the projection of the ridge solution
 on the leading eigenvectors `V_r` (q, r) of `S_xy^T (S_xx + penalty I)^-1 S_xy`: `M = V_r (B V_r)^T`, where
 `B = (S_xx + penalty I)^-1 S_xy` (p, q). The eigenvectors are nested, so that one decomposition has the solution of
-every rank. There is no intercept, since an adapter has none.
+every rank. There is no intercept, since an adapter has none. All sums over tokens have the weights of the moments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .moments import Moments
 
 # Penalties to choose from, as factors on the mean square of a regressor. They span the range between hardly any
 # penalty and one that is larger than all but a few directions of a residual stream with outlier tokens.
-RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-2)
+RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-2, 1.0)
 # A smaller rank is chosen if it explains no more than this share less.
 RANK_TOLERANCE = 1e-6
 
@@ -106,7 +106,7 @@ def map_error(factors: Factors, moments: Moments) -> torch.Tensor:
 
 def constant_error(mean: torch.Tensor, moments: Moments) -> torch.Tensor:
     """`sum |y - mean|^2` over other tokens, a scalar."""
-    return (moments.yy - 2 * mean @ moments.y + moments.count * mean.square().sum()).clamp_min(0)
+    return (moments.yy - 2 * mean @ moments.y + moments.weight * mean.square().sum()).clamp_min(0)
 
 
 def explained_share(error: torch.Tensor, moments: Moments) -> torch.Tensor:
