@@ -1,13 +1,13 @@
-"""Distills a full fine-tune on the demo's task into a steering adapter, and trains on from there.
+"""Distills a full fine-tune on the demo's task into a steering adapter, and can train on from there.
 
     python -m trl_steer.eval.experiments.distillation --seed 0
 
 SmolLM2-135M-Instruct is fine-tuned on the demo's generated ListOps expressions (all parameters, the default preset).
 `trl_steer.analysis.distill` explains the result by a low-rank steering adapter of rank 8, in closed form, on the same
-examples. Reported are the share of the accuracy gap between the base model and the fine-tuned one that this adapter
-closes, and the accuracy of short trainings that start from it, compared with trainings that start from zero. All
-accuracies are of greedy answers to the demo's 200 held-out examples, scored by lm-eval. What is finished in the folder
-of the runs is not repeated.
+examples. Reported is the share of the accuracy gap between the base model and the fine-tuned one that this adapter
+closes, next to the accuracy of the same adapter trained from zero, and with `--steps` of a short training that starts
+from the distilled one. All accuracies are of greedy answers to the demo's 200 held-out examples, scored by lm-eval.
+What is finished in the folder of the runs is not repeated.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from ..console import Console
 from ..demo import preset
 
 METHOD: runs.Method = "low_rank"
-RANK, SHORT = 8, 12
-FINE_TUNED, DISTILLED, BASE = "full fine-tune", "distilled, without training", "base model"
+RANK = 8
+BASE, FINE_TUNED, DISTILLED = "base model", "full fine-tune", "distilled, without training"
+FROM_ZERO, CONTINUED = "trained from zero", "trained from the distilled adapter"
 
 
 def fine_tuned(seed: int, folder: Path, model: str) -> Path:
@@ -113,7 +114,7 @@ def correct(name: str, seed: int, folder: Path, model: str, adapter: Path | None
     return [example["correct"] for example in read_json(file)["examples"]]
 
 
-def measure(seed: int, folder: Path, console: Console) -> dict[str, Any]:
+def measure(seed: int, folder: Path, steps: int | None, console: Console) -> dict[str, Any]:
     """Makes what is missing in the folder of the runs, and returns the results."""
     settings = preset.settings(METHOD, seed)
     model = models.resolve(settings.model, console.note)
@@ -124,34 +125,27 @@ def measure(seed: int, folder: Path, console: Console) -> dict[str, Any]:
         FINE_TUNED: correct("full", seed, folder, str(tuned), None, console),
         DISTILLED: correct("distilled", seed, folder, model, adapter, console),
     }
-    short = replace(settings, training={**settings.training, "max_steps": SHORT})
-    trained = {
-        "from zero": runs.make(settings, folder / f"{METHOD}-seed{seed}", report=console),
-        f"from zero, {SHORT} steps": runs.make(short, folder / f"{METHOD}-{SHORT}-seed{seed}", report=console),
-        f"from the distilled adapter, {SHORT} steps": runs.make(
-            replace(short, steering={"init_from": str(adapter.resolve())}),
-            folder / f"continued-{SHORT}-seed{seed}",
-            report=console,
-        ),
-    }
+    trained = {FROM_ZERO: runs.make(settings, folder / f"{METHOD}-seed{seed}", report=console)}
+    if steps is not None:
+        short = replace(
+            settings,
+            training={**settings.training, "max_steps": steps},
+            steering={"init_from": str(adapter.resolve())},
+        )
+        trained[CONTINUED] = runs.make(short, folder / f"continued-{steps}-seed{seed}", report=console)
     answers |= {name: run.correct(settings.task) for name, run in trained.items()}
     record = read_json(adapter / "distillation.json")
     accuracy = {name: sum(right) / len(right) for name, right in answers.items()}
-    steps = {name: run.training["steps"] for name, run in trained.items()}
-    ours = answers["from zero"]
+    made = {name: run.training["steps"] for name, run in trained.items()}
     return {
         "seed": seed,
         "train_examples": settings.source["train"],
         "rank": RANK,
         "distillation": record,
-        "steps": {BASE: 0, FINE_TUNED: steps["from zero"], DISTILLED: 0, **steps},
+        "steps": {BASE: 0, FINE_TUNED: made[FROM_ZERO], DISTILLED: 0, **made},
         "accuracy": accuracy,
         "interval_95": {name: list(wilson_interval(sum(right), len(right))) for name, right in answers.items()},
-        "p_values": {
-            name: exact_mcnemar(ours, right, alternative="two-sided")
-            for name, right in answers.items()
-            if name != "from zero"
-        },
+        "p_value": exact_mcnemar(answers[DISTILLED], answers[FROM_ZERO], alternative="two-sided"),
         "gap_closed": (accuracy[DISTILLED] - accuracy[BASE]) / (accuracy[FINE_TUNED] - accuracy[BASE]),
     }
 
@@ -163,8 +157,6 @@ def report(results: dict[str, Any]) -> Report:
         (name, steps[name], value, "{:.3f} to {:.3f}".format(*results["interval_95"][name]))
         for name, value in accuracy.items()
     ]
-    continued = f"from the distilled adapter, {SHORT} steps"
-    p = results["p_values"][continued]
     summary = (
         f"SmolLM2-135M-Instruct and the demo's nested lists, seed {results['seed']}: {results['train_examples']} "
         "training examples, 200 held-out ones, greedy answers scored by lm-eval. The adapter has rank "
@@ -172,29 +164,30 @@ def report(results: dict[str, Any]) -> Report:
         f"{made['cpu_seconds']:.0f} s of processor time, from a full fine-tune on the same examples.\n\n"
         + table(("", "steps", "accuracy", "95% interval"), rows)
         + f"\n\nWithout any training, the distilled adapter closes {results['gap_closed']:.0%} of the accuracy gap "
-        f"between the base model and the fine-tuned one. Trained on for {SHORT} steps, "
-        f"{SHORT / steps['from zero']:.0%} of those of a training from zero, it reaches {accuracy[continued]:.3f}, "
-        f"where the training from zero reaches {accuracy['from zero']:.3f} (p = {p:.2g}, two-sided exact McNemar "
-        f"test) and one of as few steps from zero {accuracy[f'from zero, {SHORT} steps']:.3f}. After the last block, "
-        f"the hidden states of held-out tokens are {made['blocks'][-1]['after']:.2f} of their norm away from those "
-        "of the fine-tuned model."
+        f"between the base model and the fine-tuned one. The same adapter trained from zero for {steps[FROM_ZERO]} "
+        f"steps reaches {accuracy[FROM_ZERO]:.3f}, the distilled one {accuracy[DISTILLED]:.3f} "
+        f"(p = {results['p_value']:.2g}, two-sided exact McNemar test)."
     )
+    if CONTINUED in accuracy:
+        summary += (
+            f" Trained on from the distilled adapter for {steps[CONTINUED]} steps, it reaches "
+            f"{accuracy[CONTINUED]:.3f}."
+        )
+    return Report("A full fine-tune, distilled into a steering adapter", results, summary, _figure(accuracy, steps))
+
+
+def _figure(accuracy: dict[str, float], steps: dict[str, int]) -> Any:
     figure, axes = figures.new_figure()
-    full = steps["from zero"]
-    figures.draw(
-        axes,
-        [0, SHORT, full],
-        [accuracy[BASE], accuracy[f"from zero, {SHORT} steps"], accuracy["from zero"]],
-        0,
-        "trained from zero",
-    )
-    figures.draw(axes, [0, SHORT], [accuracy[DISTILLED], accuracy[continued]], 1, "from the distilled adapter")
-    axes.axhline(accuracy[FINE_TUNED], color="black", linewidth=1, linestyle=":", label="full fine-tune")
+    for series, names in enumerate(((BASE, FROM_ZERO), (DISTILLED, CONTINUED))):
+        there = [name for name in names if name in accuracy]
+        label = ("low rank, trained from zero", "low rank, distilled")[series]
+        figures.draw(axes, [steps[name] for name in there], [accuracy[name] for name in there], series, label)
+    axes.axhline(accuracy[FINE_TUNED], color="black", linewidth=1, linestyle=":", label=FINE_TUNED)
     axes.set_xlabel("training steps of 4 examples")
     axes.set_ylabel("accuracy on 200 held-out examples")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return Report("A full fine-tune, distilled into a steering adapter", results, summary, figure)
+    axes.set_ylim(bottom=-0.02)
+    axes.legend(frameon=False, loc="center right")
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the data and the order")
+    parser.add_argument("--steps", type=int, help="steps of a training that starts from the distilled adapter")
     parser.add_argument("--runs", type=Path, default=Path("demo-run"), help="folder of the runs, finished or not")
     parser.add_argument(
         "--output", type=Path, default=Path("eval/results/analysis"), help="folder for the JSON, the table and picture"
@@ -210,13 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        results = measure(options.seed, options.runs, console)
+        results = measure(options.seed, options.runs, options.steps, console)
     except runs.RunError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     finally:
         console.close()
     command = ["python", "-m", "trl_steer.eval.experiments.distillation", "--seed", str(options.seed)]
+    command += [] if options.steps is None else ["--steps", str(options.steps)]
     made = report(results)
     write(made, options.output, "distillation", command)
     print(made.summary)

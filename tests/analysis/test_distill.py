@@ -174,6 +174,14 @@ def test_wrong_models_are_refused():
         distill(tiny_model(), goal, split, PostBlockSteeringConfig(steering_type="vector"), choose_rank=True)
 
 
+def test_after_an_error_the_base_model_has_no_adapter():
+    base = tiny_model()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match="do not determine a map"):
+        distill(base, tuned_model(), split_of(token_rows(6, length=4)), PostBlockSteeringConfig(r=2), ridges=(0.0,))
+    assert [name for name, _ in base.named_modules()] == before
+
+
 def test_a_model_with_one_block_is_distilled_too():
     base, goal = (tiny_model("llama", num_hidden_layers=1) for _ in range(2))
     goal = get_peft_model(goal, PostBlockSteeringConfig(r=2, init_weights=False)).eval()

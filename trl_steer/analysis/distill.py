@@ -20,7 +20,7 @@ from .block_by_block import BlockByBlock
 from .moments import Moments, inverse_square_norms
 from .regression import RANK_TOLERANCE, RIDGES, Factors, choose, constant_error, explained_share, map_error
 from .splits import Batches, Split
-from .states import base_of, check_same_shape
+from .states import Block, base_of, check_same_shape
 from .targets import LastLinearTarget, SteeringTarget
 
 Progress = Callable[[int, int], None]
@@ -58,7 +58,7 @@ def distill(
     """
     Finds the adapter of a base model that explains a fine-tuned one best.
 
-    The states of each batch are kept in a temporary folder, two (tokens, d) for each model, and never in memory.
+    The states of all tokens, (tokens, d) for each model, are kept in a temporary folder, and never in memory.
 
     Args:
         base ([`~transformers.PreTrainedModel`]): The base model, to which the adapter is added.
@@ -79,7 +79,7 @@ def distill(
 
     Raises:
         ValueError: The models have different shapes or are the same object, the configuration cannot be used, or there
-            are too few tokens.
+            are too few tokens. The base model has no adapter then.
     """
     check_same_shape(base, tuned)
     if base_of(base) is base_of(tuned):
@@ -90,27 +90,19 @@ def distill(
     if choose_rank and (target.is_vector or isinstance(config, LoraConfig)):
         raise ValueError("choose_rank is for low-rank steering only. Leave it out.")
     student = target.add_to(base)
-    report: list[dict[str, Any]] = []
-    updates: dict[int, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        pair = _Pair(student, tuned, split, Path(folder), relative)
-        for position, block in enumerate(pair.student.blocks):
-            if target.adapter(block) is None:
-                pair.skip(position)
-            else:
-                parts = pair.parts(position, target.regressor(block))
-                update, row = (
-                    _vector(parts)
-                    if target.is_vector
-                    else _map(parts, target.config.r, choose_rank, ridges, tolerance)
-                )
-                target.write(block, update)
-                updates[block.index] = update
-                report.append({"block": block.index, **row})
-            progress(position + 1, len(pair.student.blocks))
+    fit = _Fit(target, choose_rank, ridges, tolerance)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            pair = _Pair(student, tuned, split, Path(folder), relative)
+            for position, block in enumerate(pair.student.blocks):
+                fit.block(pair, position, block)
+                progress(position + 1, len(pair.student.blocks))
+    except BaseException:
+        student.unload()
+        raise
     if choose_rank:
-        student = target.with_ranks(student, updates)
-    return Distilled(student.eval(), report)
+        student = target.with_ranks(student, fit.updates)
+    return Distilled(student.eval(), fit.report)
 
 
 class _Part(NamedTuple):
@@ -160,19 +152,32 @@ class _Pair:
         return part
 
 
-def _map(
-    parts: Sequence[_Part], rank: int, choose_rank: bool, ridges: Sequence[float], tolerance: float
-) -> tuple[Factors, dict[str, Any]]:
-    fitted, validation, held_out = parts
-    choice = choose(fitted.moments, validation.moments, rank, choose_rank, ridges, tolerance)
-    row = {"rank": choice.rank, "ridge": choice.ridge}
-    return choice.factors, {**row, **_errors(map_error(choice.factors, held_out.moments), held_out)}
+class _Fit:
+    """The updates of the blocks so far."""
 
+    def __init__(self, target: Any, choose_rank: bool, ridges: Sequence[float], tolerance: float):
+        self.target, self.choose_rank, self.ridges, self.tolerance = target, choose_rank, ridges, tolerance
+        self.updates: dict[int, Factors] = {}
+        self.report: list[dict[str, Any]] = []
 
-def _vector(parts: Sequence[_Part]) -> tuple[torch.Tensor, dict[str, Any]]:
-    fitted, _, held_out = parts
-    mean = fitted.moments.mean
-    return mean, _errors(constant_error(mean, held_out.moments), held_out)
+    def block(self, pair: _Pair, position: int, block: Block) -> None:
+        """Fits and writes the update of a block, if it has one."""
+        if self.target.adapter(block) is None:
+            pair.skip(position)
+            return
+        fitted, validation, held_out = pair.parts(position, self.target.regressor(block))
+        if self.target.is_vector:
+            mean = fitted.moments.mean
+            self.target.write(block, mean)
+            row = _errors(constant_error(mean, held_out.moments), held_out)
+        else:
+            rank = self.target.config.r
+            choice = choose(fitted.moments, validation.moments, rank, self.choose_rank, self.ridges, self.tolerance)
+            self.updates[block.index] = choice.factors
+            self.target.write(block, choice.factors)
+            errors = _errors(map_error(choice.factors, held_out.moments), held_out)
+            row = {"rank": choice.rank, "ridge": choice.ridge, **errors}
+        self.report.append({"block": block.index, **row})
 
 
 def _errors(error: torch.Tensor, part: _Part) -> dict[str, float]:

@@ -56,12 +56,12 @@ def oracle(
         ridges (`Sequence[float]`): The penalties, of which each rank uses the best one on the validation tokens.
         memory_bytes (`int`, defaults to 3 GiB):
             Memory for sums over tokens. If those of all blocks need more, the models run several times.
-        progress (`Callable`, *optional*): Called with the number of finished steps, batches and blocks, and that of all.
+        progress (`Callable`, *optional*): Called with the number of finished batches and blocks, and that of all.
 
     Returns:
-        `list[dict]`: A row for each block: `block`, its index; `oracle`, the norm of the oracle as a share of the
-        norm of the base model's state (of root mean squares over tokens); `constant`, the share of the oracle's squared
-        norm that a constant explains; `sites`, for each site the shares by rank (`ranks`) and that of a function of
+        `list[dict]`: A row for each block: `block`, its index; `oracle`, the norm of the oracle as a share of that of
+        the base model's state (of root mean squares over tokens); `constant`, the share of the oracle's squared norm
+        that a constant explains; `sites`, for each site the shares by rank (`ranks`) and that of a function of
         any rank (`full`). All are measured on the held-out tokens. A share is 1 if nothing is left, and below 0 if the
         function is worse than none.
 
