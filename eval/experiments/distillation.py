@@ -173,20 +173,21 @@ def report(results: dict[str, Any]) -> Report:
             f" Trained on from the distilled adapter for {steps[CONTINUED]} steps, it reaches "
             f"{accuracy[CONTINUED]:.3f}."
         )
-    return Report("A full fine-tune, distilled into a steering adapter", results, summary, _figure(accuracy, steps))
+    return Report("A full fine-tune, distilled into a steering adapter", results, summary, _figure(results))
 
 
-def _figure(accuracy: dict[str, float], steps: dict[str, int]) -> Any:
-    figure, axes = figures.new_figure()
-    for series, names in enumerate(((BASE, FROM_ZERO), (DISTILLED, CONTINUED))):
-        there = [name for name in names if name in accuracy]
-        label = ("low rank, trained from zero", "low rank, distilled")[series]
-        figures.draw(axes, [steps[name] for name in there], [accuracy[name] for name in there], series, label)
-    axes.axhline(accuracy[FINE_TUNED], color="black", linewidth=1, linestyle=":", label=FINE_TUNED)
-    axes.set_xlabel("training steps of 4 examples")
-    axes.set_ylabel("accuracy on 200 held-out examples")
-    axes.set_ylim(bottom=-0.02)
-    axes.legend(frameon=False, loc="center right")
+def _figure(results: dict[str, Any]) -> Any:
+    figure, axes = figures.new_figure(height=2.6)
+    names = list(results["accuracy"])[::-1]
+    labels = [f"{name}\n({results['steps'][name]} steps)" for name in names]
+    accuracy = [results["accuracy"][name] for name in names]
+    intervals = [results["interval_95"][name] for name in names]
+    below = [value - low for value, (low, _) in zip(accuracy, intervals, strict=True)]
+    above = [high - value for value, (_, high) in zip(accuracy, intervals, strict=True)]
+    axes.errorbar(accuracy, labels, xerr=[below, above], fmt="o", color=figures.COLOURS[0], capsize=3)
+    axes.set_xlabel("accuracy on 200 held-out examples, with 95% interval")
+    axes.set_xlim(-0.02, 1)
+    axes.margins(y=0.15)
     return figure
 
 
