@@ -65,5 +65,5 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     axes.set_yscale("log")
     axes.set_xlabel("scale of the update (1: as trained; if random, as large as the input or the weight)")
     axes.set_ylabel("remainder / change of the MLP's output")
-    axes.legend(frameon=False, fontsize=8)
+    figures.legend_above(axes, 3)
     return figure
