@@ -39,6 +39,11 @@ def draw(axes: Any, x: Any, y: Any, series: int, label: str | None = None, **kwa
     axes.plot(x, y, **{**style, "linewidth": 1.4, "label": label, **kwargs})
 
 
+def legend_above(axes: Any, columns: int = 2) -> None:
+    """A legend that covers nothing."""
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
+
+
 def over_blocks(axes: Any, label: str) -> None:
     """Labels axes whose x axis is the index of a block."""
     from matplotlib.ticker import MaxNLocator

@@ -9,8 +9,6 @@ from ..console import Report as Progress
 from . import arguments, figures, inputs
 from .report import Report, table
 
-COLUMNS = ("change", "predicted", "remainder")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser, adapter="optional")
@@ -60,12 +58,12 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
             row["scale"],
             relative,
             index,
-            f"block {row['block']}, {row['path']}",
+            f"block {row['block']}, {row['path']} ({row['source']})",
             linestyle="-" if is_steering else "--",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("scale of the update")
+    axes.set_xlabel("scale of the update (1: as trained; if random, as large as the input or the weight)")
     axes.set_ylabel("remainder / change of the MLP's output")
-    axes.legend(frameon=False, fontsize=8)
+    figures.legend_above(axes, 3)
     return figure

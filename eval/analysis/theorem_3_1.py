@@ -23,6 +23,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     batches = inputs.load_batches(args, tokenizer)
     rows = theorem_3_1(model, inputs.tracked(batches, progress, "Running the model"), args.blocks)
     tokens = inputs.count_tokens(batches)
+    # Without the angles, which are as many as the hidden size.
+    rows = [{name: value for name, value in row.items() if name != "angles"} for row in rows]
     results = {"tokens": tokens, "blocks": rows}
     return Report(
         "Theorem 3.1: steering the block's output in place of the MLP's", results, _summary(results), _figure(rows)
@@ -44,8 +46,8 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     blocks = [row["block"] for row in rows]
     figures.draw(axes, blocks, [row["error"] for row in rows], 0, "best linear map, measured")
     bounds = [[row[name] for row in rows] for name in ("lower", "upper")]
-    axes.fill_between(blocks, *bounds, color="0.85", linewidth=0, label="between the bounds of Theorem 3.1")
+    axes.fill_between(blocks, *bounds, color="0.88", linewidth=0, label="between the bounds of Theorem 3.1")
     figures.over_blocks(axes, "relative error (Frobenius norm)")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    figures.legend_above(axes)
     return figure

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from analysis_cases import BATCHINGS, adapted_model, batches, double_model, with_adapter
+from analysis_cases import adapted_model, batches, double_model, with_adapter
 from model_zoo import FAMILIES
 from peft import LoraConfig
 from torch.nn import functional as F
@@ -82,7 +82,8 @@ def test_prediction_for_steering_is_the_jacobian_of_the_paper():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_batching_changes_the_prediction(family):
-    found = [first_order(double_model(family), batches(name), scales=(1e-2,), blocks=[1]) for name in BATCHINGS]
+    both = ("left", "reordered")
+    found = [first_order(double_model(family), batches(name), scales=(1e-2,), blocks=[1]) for name in both]
     for rows in zip(*found, strict=True):
         for row in rows[1:]:
             assert row["predicted"] == pytest.approx(rows[0]["predicted"], rel=1e-6)

@@ -55,8 +55,8 @@ def first_order(
         `list[dict]`: For each block and path `block`, `path` (`"steering"` or `"weights"`) and `source` (`"adapter"`
         or `"random"`); for each scale (lists) `scale`, `change`, `predicted` and `remainder`, which are root mean
         squares over tokens of norms (of the prediction's error for `remainder`); `slope`, that of the remainder over
-        the scales up to 0.01, `None` for a linear change; and for weights, unless the MLP has experts, `last_layer` and
-        `other_layers`, the norms of the two terms at `e = 1`.
+        the scales up to 0.01, `None` for a linear change; and for weights, unless the MLP has experts, `last_layer`
+        and `other_layers`, the norms of the two terms at `e = 1`.
 
     Raises:
         ValueError: There are no tokens, a block does not exist or has no MLP, or its weights are quantized or
