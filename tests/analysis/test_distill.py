@@ -58,6 +58,12 @@ def test_known_ranks_are_found_and_saved(tmp_path):
     assert distance(loaded, goal, split.held_out) < 1e-3
 
 
+def test_ranks_can_be_given():
+    config = PostBlockSteeringConfig(r=2, rank_pattern={"layers.1": 3}, task_type="CAUSAL_LM")
+    made = distill(tiny_model(), tuned_model(), split_of(token_rows(48)), config, ridges=(1e-3,))
+    assert [row["rank"] for row in made.report] == [2, 3, 2]
+
+
 def test_only_chosen_blocks_have_an_update():
     goal, split = steered_model(layers_to_transform=[1]), split_of(token_rows(60))
     config = PostBlockSteeringConfig(r=3, task_type="CAUSAL_LM", layers_to_transform=[1])

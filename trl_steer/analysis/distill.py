@@ -68,7 +68,7 @@ def distill(
             The adapter: linear steering of all tokens; or LoRA, of which `r`, `layers_to_transform` and `task_type`
             are used, on the last linear layer of each block's MLP.
         choose_rank (`bool`, defaults to `False`):
-            Whether to choose the rank of each block, at most `config.r`, by the error on the validation tokens. The
+            Whether to choose the rank of each block, at most that in `config`, by the error on the validation tokens. The
             adapter then has a `rank_pattern`. Only for low-rank steering.
         relative (`bool`, defaults to `False`):
             Whether distances are relative to the norm of the fine-tuned model's state, token by token. If not, tokens
@@ -171,7 +171,7 @@ class _Fit:
             self.target.write(block, mean)
             row = _errors(constant_error(mean, held_out.moments), held_out)
         else:
-            rank = self.target.config.r
+            rank = self.target.rank(block)
             choice = choose(fitted.moments, validation.moments, rank, self.choose_rank, self.ridges, self.tolerance)
             self.updates[block.index] = choice.factors
             self.target.write(block, choice.factors)

@@ -40,7 +40,7 @@ class SteeringTarget:
                 f"scaling other than 0. Got {config.activation!r}, {config.positions!r} and {config.scaling}."
             )
         self.config: Any = copy.deepcopy(config)
-        self.config.init_weights, self.config.init_from, self.config.rank_pattern = True, None, None
+        self.config.init_weights, self.config.init_from = True, None
         self.is_vector = config.steering_type == "vector"
 
     def add_to(self, base: Any) -> Any:
@@ -51,6 +51,10 @@ class SteeringTarget:
         """The adapter of a block, `None` if it has none."""
         layer = getattr(block.module, "post_block_steering", None)
         return None if layer is None else layer.adapters[ADAPTER_NAME]
+
+    def rank(self, block: Block) -> int:
+        """The rank of the adapter of a block."""
+        return len(self.adapter(block).down)
 
     def regressor(self, block: Block) -> nn.Module | None:
         """The module whose input the update multiplies, `None` for the output of the block."""
@@ -127,6 +131,10 @@ class LastLinearTarget:
         """The LoRA layer of a block, `None` if it has none."""
         linear = self.linears.get(block.index)
         return None if linear is None else block.module.get_submodule(linear)
+
+    def rank(self, block: Block) -> int:
+        """The rank of the adapter of a block."""
+        return self.config.r
 
     def regressor(self, block: Block) -> nn.Module | None:
         """The module whose input the update multiplies."""
