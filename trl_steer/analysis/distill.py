@@ -68,8 +68,8 @@ def distill(
             The adapter: linear steering of all tokens; or LoRA, of which `r`, `layers_to_transform` and `task_type`
             are used, on the last linear layer of each block's MLP.
         choose_rank (`bool`, defaults to `False`):
-            Whether to choose the rank of each block, at most that in `config`, by the error on the validation tokens. The
-            adapter then has a `rank_pattern`. Only for low-rank steering.
+            Whether to choose the rank of each block, at most that in `config`, by the error on the validation tokens.
+            The adapter then has a `rank_pattern`. Only for low-rank steering.
         relative (`bool`, defaults to `False`):
             Whether distances are relative to the norm of the fine-tuned model's state, token by token. If not, tokens
             with large states count more, such as the first one in many models, as in plain least squares.
