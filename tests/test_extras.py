@@ -15,11 +15,12 @@ from packaging.utils import canonicalize_name
 
 from trl_steer import cli
 from trl_steer.eval import models
+from trl_steer.eval.analysis.cli import MEASURES
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 FOLDERS = {"trl_steer.eval": "eval", "trl_steer.integrations": "integrations", "trl_steer": "trl_steer"}
 # The extra that each command is documented with; the others do with what the package itself requires.
-EXTRAS = {"demo": "demo", "compare": "eval", "lm-eval": "eval", "alpaca-eval": "alpaca"}
+EXTRAS = {"demo": "demo", "analyze": "analysis", "compare": "eval", "lm-eval": "eval", "alpaca-eval": "alpaca"}
 # Entry points of a module that also has one of a command with an extra.
 SHARED = {"tasks"}
 
@@ -106,6 +107,12 @@ def missing(modules: set[str], extra: str) -> set[str]:
     }
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_whatever_a_measure_imports_its_extra_installs(measure):
+    _, others = reached_from(f"trl_steer.eval.analysis.{MEASURES[measure][0]}")
+    assert missing(others, "analysis") == set()
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - SHARED))
 def test_whatever_a_command_imports_its_extra_installs(command):
     _, others = reached_from(cli.COMMANDS[command][0].partition(":")[0])
@@ -126,7 +133,7 @@ def test_the_extra_that_is_named_where_a_package_is_missing_installs_it():
         for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
     }
-    assert {extra for extra, *_ in calls} >= {"eval", "demo", "alpaca", "quant"}
+    assert {extra for extra, *_ in calls} >= {"eval", "demo", "alpaca", "analysis", "quant"}
     assert {(extra, name) for extra, *names in calls for name in missing(set(names), extra)} == set()
 
 
@@ -147,6 +154,7 @@ COMMANDS = {
         "alpaca",
     ),
     "judging": ("alpaca-eval judge {tmp}/model_outputs.json", "alpaca_eval", "alpaca"),
+    "a measure": ("analyze inspect {tmp}", "matplotlib", "analysis"),
     "a plot": ("alpaca-eval report --paper --plot {tmp}/plot.png", "matplotlib", "alpaca"),
     "a quantized model": ("sft --model_name_or_path {tmp} --load_in_4bit --task boolq", "bitsandbytes", "quant"),
 }

@@ -37,6 +37,8 @@ pytest.importorskip("lm_eval")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # What a command line is searched for, and what it gets: sizes, and the servers and files of the test.
 OPTIONS = [
+    (r"^trl-steer analyze (?!inspect|extract)", "--rows 4 --max_length 64"),
+    (r"^trl-steer analyze (oracle|distill|lora)", "--rows 12"),
     (r"^trl-steer demo --method (\w+)", r"--fast --output demo-run/\1-seed0"),
     (r"^trl-steer (sft|joint) (?!.*--dry_run)", "--max_steps 2"),
     (r"--report_to tensorboard", "--report_to none"),

@@ -24,10 +24,15 @@ class FolderInUseError(RuntimeError):
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file and creates its parent folders. If an error occurs, `path` is not changed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As [`write_text`]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):  # fails as well on a read-only disk, where the first error is to be shown

@@ -41,7 +41,7 @@ JOINT = ("joint", "joint_orth")
 # The sites of the methods that have several.
 SITES: dict[str, tuple[str, ...]] = {"sublayer": get_args(SublayerSite), "loreft": get_args(LoReftSite)}
 
-_STEERING = ("positions", "steering_scaling", "steering_layers")
+_STEERING = ("positions", "steering_scaling", "steering_layers", "init_from")
 _LOW_RANK = ("steering_r", "steering_activation", "steering_dropout", "steering_init_scale")
 _HALVES = ("lora_learning_rate", "steering_learning_rate", "steering_weight_decay")
 _PROJECTION = (

@@ -71,6 +71,13 @@ class SteeringArguments:
     steering_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the blocks to steer, such as 0 1 2 (default: all)."}
     )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a steering adapter to start from. Its rank, activation, site, positions, "
+            "scaling and blocks are those of the new one (default: none)."
+        },
+    )
     task: str | None = field(
         default=None,
         metadata={

@@ -26,6 +26,11 @@ def check_paths(given: Mapping[str, Any]) -> None:
         check_folder(model)
     except FileNotFoundError as error:
         raise ArgumentError(f"--model_name_or_path: {error}") from error
+    if given.get("init_from"):
+        try:
+            check_folder(str(given["init_from"]), "adapter_config.json")
+        except FileNotFoundError as error:
+            raise ArgumentError(f"--init_from: {error}") from error
     for name in ("load_in_4bit", "load_in_8bit"):
         if str(given.get(name)).lower() in ("true", "t", "yes", "y", "1"):
             try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from trl_steer import presets
@@ -203,20 +203,38 @@ def peft_config(request: Request, model_args: Any) -> Any:
     if ours.method in ("lora", *JOINT):
         model_args.use_peft = True
         lora = get_peft_config(model_args)
-    return presets.peft_config(
-        ours.method,
-        lora,
-        task_type="CAUSAL_LM",
-        steering_type=ours.steering_type,
-        site=ours.site,
-        positions=ours.positions,
-        activation=ours.steering_activation,
-        scaling=ours.steering_scaling,
-        dropout=ours.steering_dropout,
-        layers_to_transform=ours.steering_layers,
-        r=ours.steering_r,
-        init_scale=ours.steering_init_scale,
-    )
+    fields = {
+        "steering_type": ours.steering_type,
+        "dropout": ours.steering_dropout,
+        "init_scale": ours.steering_init_scale,
+        "init_from": ours.init_from,
+        **{name: getattr(ours, argument) for name, argument in _STRUCTURE.items()},
+    }
+    if ours.init_from is not None:
+        fields |= _structure_of(ours.init_from, given=request.given)
+    return presets.peft_config(ours.method, lora, task_type="CAUSAL_LM", **fields)
+
+
+# Fields of a steering configuration that a new adapter has in common with the one that it starts from, and their
+# arguments.
+_STRUCTURE = {
+    "site": "site",
+    "positions": "positions",
+    "activation": "steering_activation",
+    "scaling": "steering_scaling",
+    "layers_to_transform": "steering_layers",
+    "r": "steering_r",
+}
+
+
+def _structure_of(folder: str, given: Container[str]) -> dict[str, Any]:
+    """The structure of the adapter in a folder, but for what is given as an argument."""
+    from trl_steer.tuners.steering import AdapterFolder
+
+    config = AdapterFolder.open(folder).config
+    names = [name for name, argument in _STRUCTURE.items() if argument not in given]
+    names += ["rank_pattern", "target_modules", "exclude_modules"]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def _parameters(model: Any) -> tuple[int, int]:

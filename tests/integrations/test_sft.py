@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_chat import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from trl_steer import LofitConfig, PenaltyCallback
+from trl_steer import LofitConfig, PenaltyCallback, PostBlockSteeringConfig
 from trl_steer.integrations.trl import sft
 from trl_steer.integrations.trl.data import without_end_token
 from trl_steer.tuners.joint_steering import OrthogonalityConstraint
@@ -47,6 +47,31 @@ def test_sft_trains_and_saves_an_adapter_that_loads(recipe, tmp_path):
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     state, base = model.get_base_model().state_dict(), tiny_model().state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+
+
+@pytest.mark.parametrize("method", ["low_rank", "joint"])
+def test_training_starts_from_an_adapter_and_has_its_structure(method, recipe, tmp_path):
+    first, second = str(tmp_path / "first"), tmp_path / "second"
+    config = PostBlockSteeringConfig(r=3, activation="silu", rank_pattern={"layers.1": 1}, init_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(recipe.parent / "model"), config).save_pretrained(first)
+    argv = ["--config", str(recipe), "--method", method, "--init_from", first, "--output_dir", str(second)]
+    assert sft.main([*argv, "--max_steps", "1", "--learning_rate", "1e-12"]) == 0
+    saved = load_file(second / "adapter_model.safetensors")
+    for key, tensor in load_file(tmp_path / "first" / "adapter_model.safetensors").items():
+        leaf = key if method == "low_rank" else key.replace(".steering_adapter", ".lora_steering_adapter")
+        torch.testing.assert_close(saved[leaf], tensor)
+
+
+def test_an_adapter_that_training_cannot_start_from_is_an_error_of_one_line(recipe, tmp_path, capsys):
+    config = PostBlockSteeringConfig(r=3)
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "first")
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "new"), "--init_from"]
+    assert sft.main([*argv, str(tmp_path / "first"), "--steering_r", "2"]) == 1
+    assert "its r is 3, but the new adapter has 2. Set r=3" in capsys.readouterr().err
+    assert sft.main([*argv, str(recipe.parent / "model")]) == 2
+    said = capsys.readouterr().err
+    assert "--init_from:" in said
+    assert "there is no adapter_config.json" in said
 
 
 def test_missing_blocks_are_an_error_of_one_line(recipe, tmp_path, capsys):

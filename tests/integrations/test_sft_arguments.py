@@ -175,6 +175,7 @@ def test_every_argument_of_steering_reaches_the_configuration():
         (["--positions", "f7+l7", "--packing", "true"], "cannot be used with --packing"),
         (["--method", "loreft", "--preset", "paper", "--padding_free", "true"], "cannot be used with --padding_free"),
         (["--method", "lora", "--positions", "last_prompt"], "does not steer"),
+        (["--method", "lora", "--init_from", "adapter"], "does not steer"),
     ],
 )
 def test_sites_and_positions_that_a_method_cannot_have_are_refused(argv, said):

@@ -43,8 +43,9 @@ class JointSteeringConfig(ModelCardMixin, LoraConfig):
     Args:
         steering (`dict` or [`PostBlockSteeringConfig`], *optional*):
             The options of steering, a dictionary of [`PostBlockSteeringConfig`]'s fields: `r`, `steering_type`,
-            `activation`, `scaling`, `dropout`, `init_weights`, `init_scale`, `target_modules`, `exclude_modules`,
-            `layers_to_transform`, `base_model_type`. Missing fields have their defaults.
+            `rank_pattern`, `activation`, `scaling`, `dropout`, `init_weights`, `init_scale`, `init_from`,
+            `positions`, `target_modules`, `exclude_modules`, `layers_to_transform`, `base_model_type`. Missing fields
+            have their defaults.
         kwargs: The fields of [`~peft.LoraConfig`].
 
     Raises:
@@ -104,6 +105,12 @@ class JointSteeringConfig(ModelCardMixin, LoraConfig):
                     )
                 values[name] = ours or theirs
         return cls(**values, steering={} if steering is None else steering)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in [`~peft.PeftConfig`], for saving. Without the `init_from` of steering, see [`SteeringConfig`]."""
+        values = super().to_dict()
+        values["steering"].pop("init_from", None)
+        return values
 
     def steering_config(self) -> PostBlockSteeringConfig:
         """The configuration of a steering adapter with the options in `steering`, for the same base model and task."""

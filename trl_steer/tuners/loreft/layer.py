@@ -150,7 +150,8 @@ class LoReftAdapter(SteeringAdapter):
             raise ValueError("its activation makes the update nonlinear.")
         rotation = self._orthonormal().data
         left = scaling * rotation.double().mT
-        return AffineUpdate(left, self.weight.data - rotation, left @ self.bias.data.double())
+        offset = left @ self.bias.data.double().unsqueeze(-1)
+        return AffineUpdate(left, self.weight.data - rotation, offset.squeeze(-1))
 
 
 def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:

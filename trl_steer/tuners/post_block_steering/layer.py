@@ -33,7 +33,7 @@ class LowRankAdapter(SteeringAdapter):
     """
 
     structural_fields = ("steering_type", "activation")
-    size_fields = ("r",)
+    size_fields = ("r", "rank_pattern")
     setting_fields = ("dropout",)
     down: torch.Tensor
     up: torch.Tensor
@@ -93,11 +93,12 @@ class LowRankAdapter(SteeringAdapter):
 
     @staticmethod
     def summed_fields(configs: Sequence[Any]) -> dict[str, Any]:
-        return {"r": sum(config.r for config in configs)}
+        return {"r": sum(config.largest_rank for config in configs), "rank_pattern": None}
 
     @torch.no_grad()
     def write_sum(self, parts: Sequence[tuple[float, Any]]) -> None:
-        """Concatenates the factors. In a block without some of the adapters, the remaining factors are zero."""
+        """Concatenates the factors. In a block where ranks are smaller, or without some of the adapters, the remaining
+        factors are zero."""
         self.down.zero_()
         self.up.zero_()
         first = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
@@ -31,6 +32,9 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
         init_weights (`bool`, defaults to `True`):
             Initialize the adapter so that the update is zero, or close to zero where the method does not allow that.
             `False` initializes all weights at random and is meant for tests.
+        init_from (`str`, *optional*):
+            Folder or Hub id of an adapter whose weights a new adapter starts from, see [`initial_weights`]. It must
+            have the same type, base model, rank, blocks and scaling. Not saved with the adapter.
         positions (`str`, defaults to `"all"`):
             The tokens to edit:
 
@@ -68,6 +72,9 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "Initialize the adapter so that the update is zero. False initializes it at random."},
+    )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of an adapter whose weights a new adapter starts from."}
     )
     positions: str = field(
         default=ALL,
@@ -115,7 +122,9 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
         check_number("scaling", self.scaling)
         check_bool("init_weights", self.init_weights)
         first_and_last(self.positions)
-        for name in ("base_model_type", "base_model_name_or_path", "revision"):
+        if isinstance(self.init_from, Path):
+            self.init_from = str(self.init_from)
+        for name in ("init_from", "base_model_type", "base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}.")
         self._check_names()
@@ -123,6 +132,10 @@ class SteeringConfig(ModelCardMixin, PeftConfig):
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
         self._check_block_indices()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in [`~peft.PeftConfig`], for saving. Without `init_from`, since an adapter is saved with its weights."""
+        return {name: value for name, value in super().to_dict().items() if name != "init_from"}
 
     def card_fields(self) -> dict[str, Any]:
         layers = self.layers_to_transform
@@ -219,17 +232,17 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
         raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def check_rank(r: Any) -> None:
-    """Checks that the field `r` is a positive integer.
+def check_rank(r: Any, name: str = "r") -> None:
+    """Checks that a rank in the field `name` is a positive integer.
 
     Raises:
         TypeError: `r` is not an integer.
         ValueError: `r` is less than 1.
     """
     if not is_integer(r):
-        raise TypeError(f"r must be an integer, got {r!r} of type {type(r).__name__}.")
+        raise TypeError(f"{name} must be an integer, got {r!r} of type {type(r).__name__}.")
     if r <= 0:
-        raise ValueError(f"r must be at least 1, got {r}.")
+        raise ValueError(f"{name} must be at least 1, got {r}.")
 
 
 def check_dropout(dropout: Any) -> None:

@@ -16,6 +16,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .sites import Site
+
 PREFIX = "base_model.model."
 # In a shape, the hidden size where it is not known.
 _UNKNOWN_SIZE = -1
@@ -137,12 +139,13 @@ def check_steering_tensors(layer_cls: Any, config: Any, tensors: Mapping[str, to
             not finite. The message lists them.
     """
     container = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}."
-    expected = layer_cls.adapter_class(config).shapes(config, _UNKNOWN_SIZE)
+    adapter_class, site = layer_cls.adapter_class(config), Site(config.site, "", False, _UNKNOWN_SIZE)
+    names = adapter_class.shapes(config, _UNKNOWN_SIZE)
     blocks: dict[str, dict[str, torch.Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
         block, separator, tensor_name = key.partition(container)
-        if not separator or not block.startswith(PREFIX) or tensor_name not in expected:
+        if not separator or not block.startswith(PREFIX) or tensor_name not in names:
             problems.append(f"{key} is unexpected")
         else:
             blocks.setdefault(block, {})[tensor_name] = tensor
@@ -150,6 +153,7 @@ def check_steering_tensors(layer_cls: Any, config: Any, tensors: Mapping[str, to
         problems.append(f"no tensor has {container!r} in its name")
     sizes: set[int] = set()
     for block, named in blocks.items():
+        expected = adapter_class.shapes(config.for_block(block.removeprefix(PREFIX), site), _UNKNOWN_SIZE)
         problems += [f"{block}{container}{name} is missing" for name in expected if name not in named]
         for tensor_name, tensor in named.items():
             key, shape, wanted = f"{block}{container}{tensor_name}", tuple(tensor.shape), expected[tensor_name]

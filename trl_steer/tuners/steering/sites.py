@@ -35,6 +35,8 @@ _NORMS_AFTER_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm"
 # Convolutions between a sublayer and the residual addition (Inkling, Inkling 2).
 _CONVOLUTIONS_AFTER_MLP = ("mlp_sconv", "post_mlp_convolution")
 _CONVOLUTIONS_AFTER_ATTENTION = ("attn_sconv", "post_attention_convolution")
+# Name of the activation of an MLP whose layers are children of the block.
+_ACTIVATION = "activation_fn"
 # Attributes with the size of one attention head. In latent and linear attention, values have a size of their own.
 _HEAD_DIMS = ("v_head_dim", "head_v_dim", "head_dim", "head_size", "attention_head_size")
 
@@ -100,6 +102,20 @@ class BlockAnatomy:
         outside = [name for name in self.residual_linear_layers() if not self.is_in_attention(name)]
         inside = [name for name in outside if _is_inside(name, _MLP)]
         return next(reversed(inside or outside), None)
+
+    def mlp_module(self) -> nn.Module:
+        """The MLP as one module. If its layers are children of the block itself (OPT), a new one made of them.
+
+        Raises:
+            ValueError: The block has no MLP.
+        """
+        if self.mlp is not None:
+            return self.block.get_submodule(self.mlp)
+        first, last = self.site("pre_mlp").module, self.mlp_output()
+        activation = getattr(self.block, _ACTIVATION, None)
+        if not isinstance(activation, nn.Module) or last is None:
+            raise ValueError(f"Could not find the activation of the MLP in {type(self.block).__name__}.")
+        return nn.Sequential(self.block.get_submodule(first), activation, self.block.get_submodule(last))
 
     def norm_after(self, name: str) -> str | None:
         """Name of the norm between the module `name` and the residual addition, if there is one."""

@@ -57,7 +57,7 @@ def summed_config(tuner: Any, adapters: list[str]) -> Any:
     for field, value in tuner.steering_layer_cls.adapter_class(config).summed_fields(configs).items():
         setattr(config, field, value)
     config.target_modules = set(_summands(tuner, adapters))
-    config.exclude_modules = config.layers_to_transform = None
+    config.exclude_modules = config.layers_to_transform = config.init_from = None
     return config
 
 

@@ -20,6 +20,7 @@ from .config import SteeringConfig
 from .folder import PREFIX
 from .forward import ForwardMixin
 from .functional import adapter_scaling, set_scaling
+from .initial_weights import write_initial_weights
 from .layer import SteeringLayer
 from .load_in_progress import Load
 from .loading import (
@@ -139,6 +140,8 @@ class SteeringTuner(ForwardMixin):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             if self.current_load is not None:
                 self.check_tensors(model, config, adapter_name, self.current_load.tensors())
+            elif self.steering_config(config).init_from is not None:
+                write_initial_weights(self, adapter_name)
             self.current_load = None
             if self.steering_config(config).positions != ALL:
                 watch(model)

@@ -1,7 +1,5 @@
 r"""Tests Proposition 4.2 of arXiv 2603.00425: do weight and steering updates learn the same subspace?
 
-    python -m trl_steer.eval.experiments.proposition_4_2
-
 The model is `y = W phi(x) + S (x + phi(x))`, with a weight update on features and a steering update on the residual
 stream. Both are low-rank, `W = B A` and `S = U D`, with `B = U = 0` at initialization. They are trained by full-batch
 gradient descent on the mean squared error to a teacher.
@@ -21,13 +19,11 @@ between the two activation shifts `W phi(x)` and `S (x + phi(x))`.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 
-from trl_steer.files import write_json, write_text
-from trl_steer.tuners.joint_steering.projection import project_
+from ..tuners.joint_steering.projection import project_
 
 D, RANK, SAMPLES, STEPS, REPORT = 32, 4, 2048, 400, (10, 50, 100, 200, 400)
 
@@ -78,56 +74,34 @@ def alignment(B: torch.Tensor, U: torch.Tensor, shifts: tuple[torch.Tensor, torc
     return {"largest_cosine": cosines[0].item(), "mean_cosine": cosines.mean().item(), "shift_cosine": shift.item()}
 
 
-def run(seeds: int) -> list[dict]:
-    """Mean and standard deviation over seeds for every teacher, training and step."""
-    results = []
-    for coinciding in (True, False):
-        for orthogonal in (False, True):
-            runs = [train(coinciding, orthogonal, seed) for seed in range(seeds)]
-            for rows in zip(*runs, strict=True):
-                values = {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name != "step"}
-                results.append(
-                    {
-                        "teacher": "coinciding" if coinciding else "control",
-                        "training": "constrained" if orthogonal else "naive",
-                        "step": rows[0]["step"],
-                        **{name: [value.mean().item(), value.std().item()] for name, value in values.items()},
-                    }
-                )
-    return results
+def proposition_4_2(seeds: Iterable[int]) -> list[dict]:
+    """Mean and standard deviation over seeds for every teacher, training and step.
 
+    Args:
+        seeds (`Iterable[int]`): Seeds of the teachers and of the initial weights, at least two.
 
-def to_markdown(results: list[dict], seeds: int) -> str:
-    names = ("largest_cosine", "mean_cosine", "shift_cosine", "test_loss")
-    lines = [
-        "# Proposition 4.2: do the two updates learn the same subspace?",
-        "",
-        f"`python -m trl_steer.eval.experiments.proposition_4_2 --seeds {seeds}`; mean (standard deviation) over "
-        f"{seeds} seeds, d = {D}, rank {RANK}. The construction is in the module's documentation.",
-        "",
-        "| teacher | training | step | " + " | ".join(name.replace("_", " ") for name in names) + " |",
-        "| --- | --- | ---: |" + " ---: |" * len(names),
+    Returns:
+        `list[dict]`: For each combination `teacher` (`"coinciding"` or `"control"`), `training` (`"naive"` or
+        `"constrained"`) and `step`, and pairs of mean and standard deviation: `largest_cosine`, `mean_cosine`,
+        `shift_cosine` and `test_loss`.
+    """
+    cases = [(coinciding, orthogonal) for coinciding in (True, False) for orthogonal in (False, True)]
+    runs: dict = {case: [] for case in cases}
+    for seed in seeds:
+        for case in cases:
+            runs[case].append(train(*case, seed))
+    return [
+        {
+            "teacher": "coinciding" if coinciding else "control",
+            "training": "constrained" if orthogonal else "naive",
+            "step": rows[0]["step"],
+            **{name: _mean_and_std([row[name] for row in rows]) for name in rows[0] if name != "step"},
+        }
+        for (coinciding, orthogonal), of_seeds in runs.items()
+        for rows in zip(*of_seeds, strict=True)
     ]
-    for row in results:
-        cells = (f"{row[name][0]:.3f} ({row[name][1]:.3f})" for name in names)
-        lines.append(f"| {row['teacher']} | {row['training']} | {row['step']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
-    parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for the JSON and the table")
-    args = parser.parse_args()
-    results = run(args.seeds)
-    table = to_markdown(results, args.seeds)
-    write_json(args.output / "proposition_4_2.json", {"seeds": args.seeds, "results": results})
-    write_text(args.output / "proposition_4_2.md", table)
-    print(table)
-
-
-if __name__ == "__main__":
-    main()
+def _mean_and_std(values: list[float]) -> list[float]:
+    found = torch.tensor(values)
+    return [found.mean().item(), found.std().item()]
