@@ -395,6 +395,16 @@ def test_invalid_adapter_name_is_refused_at_once(name):
     assert not layers_of(base)
 
 
+def test_another_adapter_with_the_name_of_a_block_loses_no_tensor(tmp_path):
+    model = steer(steer(tiny_model(), "vector"), "vector", "1")
+    with pytest.raises(ValueError, match="other adapters are called 1, like some blocks"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    model.delete_adapter("1")
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 3
+
+
 def test_names_that_contain_each_other_are_saved_apart(tmp_path):
     names = ["default", "default2", "other_default", "foodefault_bar", "efaul", "steering"]
     model = steer(tiny_model(), "vector", names[0], seed=0)

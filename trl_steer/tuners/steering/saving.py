@@ -77,6 +77,28 @@ def check_tensor_names(adapter_name: str, keys: Iterable[str], container: str, n
         )
 
 
+def check_other_names(adapter_name: str, layers: Iterable[str], other_names: Iterable[str]) -> None:
+    """Checks that no tensors are missing because of the name of another adapter. PEFT leaves out all tensors with such
+    a name anywhere in their keys, unless none would be left. For an adapter `"1"`, these are those of block 1.
+
+    Args:
+        adapter_name (`str`): The adapter to be saved.
+        layers (`Iterable[str]`): Names of its layers in the model.
+        other_names (`Iterable[str]`): Names of the other adapters.
+
+    Raises:
+        ValueError: Another adapter has such a name.
+    """
+    parts = [layer.split(".") for layer in layers]
+    confused = [name for name in other_names if 0 < sum(name in each for each in parts) < len(parts)]
+    if confused:
+        raise ValueError(
+            f"Adapter {adapter_name!r} was not saved, because other adapters are called {', '.join(confused)}, "
+            "like some blocks, and PEFT would leave out the tensors of these blocks. Delete these adapters, or load "
+            "them under other names."
+        )
+
+
 def gather_auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Gathers the tensors that are saved with an adapter, in place: `modules_to_save` and `trainable_token_indices`.
 

@@ -35,7 +35,7 @@ from .matching import BlockMatcher, check_hidden_size, modules_outside_adapters,
 from .merging import merge as merge_steering
 from .merging import merge_other_layers
 from .prompts import unwatch, watch
-from .saving import check_tensor_names, gather_auxiliary_tensors, gather_tensors
+from .saving import check_other_names, check_tensor_names, gather_auxiliary_tensors, gather_tensors
 
 
 class SteeringTuner(ForwardMixin):
@@ -211,6 +211,10 @@ class SteeringTuner(ForwardMixin):
         steering, layer_cls = cls.steering_config(config), cls.steering_layer_cls
         container = f".{layer_cls.layer_name}.{layer_cls.adapter_layer_names[0]}.{adapter_name}."
         check_tensor_names(adapter_name, tensors, container, layer_cls.adapter_class(steering).shapes(steering, 1))
+        layers = [
+            n for n, m in modules_outside_adapters(model) if isinstance(m, layer_cls) and adapter_name in m.adapters
+        ]
+        check_other_names(adapter_name, layers, unwanted_adapter_names)
         gather_auxiliary_tensors(model, adapter_name, state_dict)
         return gather_tensors(adapter_name, tensors, lambda key: cls._is_matrix(config, key))
 
