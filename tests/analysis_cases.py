@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from model_zoo import tiny_model
+from model_zoo import FAMILIES, tiny_model
 from peft import get_peft_model
-from tuner_cases import ROWS
+from tuner_cases import FOUR_FAMILIES, ROWS
 
 PAD = 0
+# Every family, of which four are tested by `make test`. The states that measures are made of are tested for all.
+EVERY_FAMILY = [
+    family if family in FOUR_FAMILIES else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
+]
 _GENERATOR = torch.Generator().manual_seed(0)
 # Token ids, more than the tiny models have dimensions.
 TEXTS = [torch.randint(3, 60, (length,), generator=_GENERATOR).tolist() for length in (5, 9, 3, 12, 7, 8)]

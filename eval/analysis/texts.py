@@ -23,7 +23,7 @@ def read_texts(args: Any, tokenizer: Any) -> tuple[list[str], bool]:
         raise ValueError(f"{args.text or args.task} has no prompts. Give at least one text.")
     chosen = sorted(random.Random(args.seed).sample(range(len(rows)), min(args.rows, len(rows))))
     examples = [rows[index] for index in chosen]
-    is_chat = not isinstance(_first_part(examples[0], args), str)
+    is_chat = not isinstance(_first_part(examples[0]), str)
     return [_text(example, args, tokenizer, is_chat) for example in examples], is_chat
 
 
@@ -52,7 +52,7 @@ def _rows_of_file(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 
 
-def _first_part(example: dict, args: Any) -> Any:
+def _first_part(example: dict) -> Any:
     for column in COLUMNS:
         if example.get(column) is not None:
             return example[column]
@@ -60,7 +60,7 @@ def _first_part(example: dict, args: Any) -> Any:
 
 
 def _text(example: dict, args: Any, tokenizer: Any, is_chat: bool) -> str:
-    first = _first_part(example, args)
+    first = _first_part(example)
     rest = None if args.prompts_only else example.get("completion")
     if not is_chat:
         return first + (rest or "")

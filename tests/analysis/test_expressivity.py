@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from analysis_cases import BATCHINGS, TEXTS, adapted_model, batches, double_model, sublayer_outputs
-from model_zoo import FAMILIES
+from analysis_cases import BATCHINGS, EVERY_FAMILY, TEXTS, adapted_model, batches, double_model, sublayer_outputs
 
 from trl_steer.analysis import theorem_3_1
 
@@ -46,7 +45,7 @@ def test_steering_of_the_mlp_is_the_map_to_replace():
         assert row["lower"] <= row["error"] <= row["upper"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_bounds_hold_for_every_family(family):
     for row in theorem_3_1(double_model(family), batches("left"), blocks=[0, 2]):
         assert 0 <= row["lower"] <= row["error"] <= row["upper"] <= 1 + 1e-9

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from analysis_cases import adapted_model, batches, double_model, with_adapter
-from model_zoo import FAMILIES
+from analysis_cases import EVERY_FAMILY, adapted_model, batches, double_model, with_adapter
 from peft import LoraConfig
 from torch.nn import functional as F
 
@@ -80,7 +79,7 @@ def test_prediction_for_steering_is_the_jacobian_of_the_paper():
     np.testing.assert_allclose(steering["predicted"], np.array(steering["scale"]) * rms(J_dh), rtol=1e-8)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_no_batching_changes_the_prediction(family):
     both = ("left", "reordered")
     found = [first_order(double_model(family), batches(name), scales=(1e-2,), blocks=[1]) for name in both]

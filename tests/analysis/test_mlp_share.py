@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from analysis_cases import BATCHINGS, batches, double_model, sublayer_outputs
-from model_zoo import FAMILIES
+from analysis_cases import BATCHINGS, EVERY_FAMILY, batches, double_model, sublayer_outputs
 
 from trl_steer.analysis import mlp_share
 
@@ -23,7 +22,7 @@ def test_share_is_the_mean_of_ratios_of_norms(name):
         assert row["output"] == pytest.approx(output.mean(), abs=1e-10)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_has_a_share_that_no_batching_changes(family):
     model = double_model(family)
     first, second = (mlp_share(model, batches(name)) for name in ("left", "reordered"))
