@@ -16,8 +16,8 @@ from .loading import check_base_model_type, check_header
 @torch.no_grad()
 def write_initial_weights(tuner: Any, adapter_name: str) -> None:
     """
-    Sets the steering weights of a new adapter, already injected, to those in the folder `init_from`. A joint adapter
-    starts from the folder of a post-block steering adapter.
+    Sets the steering weights of a new adapter, already injected, to those in the folder `init_from`, which has an
+    adapter of the steering part's own type.
 
     Raises:
         ValueError: The folder has no adapter with the same type, base model, structure and blocks, or its weights are
