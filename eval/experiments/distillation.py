@@ -170,7 +170,7 @@ def report(results: dict[str, Any]) -> Report:
     )
     if CONTINUED in accuracy:
         summary += (
-            f" Trained on from the distilled adapter for {steps[CONTINUED]} steps, it reaches "
+            f" Trained on from the distilled adapter for {steps[CONTINUED]} steps at the default rate, it reaches "
             f"{accuracy[CONTINUED]:.3f}."
         )
     return Report("A full fine-tune, distilled into a steering adapter", results, summary, _figure(results))
