@@ -114,7 +114,7 @@ def correct(name: str, seed: int, folder: Path, model: str, adapter: Path | None
     return [example["correct"] for example in read_json(file)["examples"]]
 
 
-def measure(seed: int, folder: Path, steps: int | None, console: Console) -> dict[str, Any]:
+def measure(seed: int, folder: Path, steps: int | None, rate: float, console: Console) -> dict[str, Any]:
     """Makes what is missing in the folder of the runs, and returns the results."""
     settings = preset.settings(METHOD, seed)
     model = models.resolve(settings.model, console.note)
@@ -129,10 +129,10 @@ def measure(seed: int, folder: Path, steps: int | None, console: Console) -> dic
     if steps is not None:
         short = replace(
             settings,
-            training={**settings.training, "max_steps": steps},
+            training={**settings.training, "max_steps": steps, "learning_rate": rate},
             steering={"init_from": str(adapter.resolve())},
         )
-        trained[CONTINUED] = runs.make(short, folder / f"continued-{steps}-seed{seed}", report=console)
+        trained[CONTINUED] = runs.make(short, folder / f"continued-{steps}-{rate:g}-seed{seed}", report=console)
     answers |= {name: run.correct(settings.task) for name, run in trained.items()}
     record = read_json(adapter / "distillation.json")
     accuracy = {name: sum(right) / len(right) for name, right in answers.items()}
@@ -141,6 +141,7 @@ def measure(seed: int, folder: Path, steps: int | None, console: Console) -> dic
         "seed": seed,
         "train_examples": settings.source["train"],
         "rank": RANK,
+        "learning_rate": rate,
         "distillation": record,
         "steps": {BASE: 0, FINE_TUNED: made[FROM_ZERO], DISTILLED: 0, **made},
         "accuracy": accuracy,
@@ -170,8 +171,8 @@ def report(results: dict[str, Any]) -> Report:
     )
     if CONTINUED in accuracy:
         summary += (
-            f" Trained on from the distilled adapter for {steps[CONTINUED]} steps at the default rate, it reaches "
-            f"{accuracy[CONTINUED]:.3f}."
+            f" Trained on from the distilled adapter for {steps[CONTINUED]} steps, at a rate of "
+            f"{results['learning_rate']:g}, it reaches {accuracy[CONTINUED]:.3f}."
         )
     return Report("A full fine-tune, distilled into a steering adapter", results, summary, _figure(results))
 
@@ -198,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the data and the order")
     parser.add_argument("--steps", type=int, help="steps of a training that starts from the distilled adapter")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="learning rate of this training")
     parser.add_argument("--runs", type=Path, default=Path("demo-run"), help="folder of the runs, finished or not")
     parser.add_argument(
         "--output", type=Path, default=Path("eval/results/analysis"), help="folder for the JSON, the table and picture"
@@ -205,14 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        results = measure(options.seed, options.runs, options.steps, console)
+        results = measure(options.seed, options.runs, options.steps, options.learning_rate, console)
     except runs.RunError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     finally:
         console.close()
     command = ["python", "-m", "trl_steer.eval.experiments.distillation", "--seed", str(options.seed)]
-    command += [] if options.steps is None else ["--steps", str(options.steps)]
+    if options.steps is not None:
+        command += ["--steps", str(options.steps), "--learning_rate", f"{options.learning_rate:g}"]
     made = report(results)
     write(made, options.output, "distillation", command)
     print(made.summary)
