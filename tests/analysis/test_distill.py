@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from analysis_cases import EVERY_FAMILY
 from model_pairs import left_padded, split_of, steered_model, token_rows, tuned_model
-from model_zoo import FAMILIES, tiny_model
+from model_zoo import tiny_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from steering_cases import weights_of
 
@@ -26,7 +27,7 @@ def distance(model, goal, batches) -> float:
     return (square["distance"] / square["goal"]) ** 0.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_known_steering_adapter_is_recovered(family):
     goal, split = steered_model(family), split_of(token_rows(48))
     made = distill(tiny_model(family), goal, split, PostBlockSteeringConfig(r=3, task_type="CAUSAL_LM"))

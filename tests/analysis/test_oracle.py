@@ -5,8 +5,9 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from analysis_cases import EVERY_FAMILY
 from model_pairs import left_padded, split_of, steered_model, token_rows, tuned_model
-from model_zoo import FAMILIES, tiny_model
+from model_zoo import tiny_model
 
 from trl_steer.analysis import Split, blocks_of, oracle, record
 from trl_steer.analysis.oracle import ORACLE_SITES
@@ -25,7 +26,7 @@ def has_site(block, name) -> bool:
     return False
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_shares_are_those_of_direct_regressions(family):
     check_shares(family, relative=False)
 

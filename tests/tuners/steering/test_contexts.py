@@ -18,7 +18,7 @@ from peft import PeftModel
 from steering_cases import adapters_of, logits, steer
 
 from trl_steer import adapter_scaling, hotswap_adapter, set_scaling, steering_operator
-from trl_steer.tuners.steering.ops.low_rank import OPERATORS
+from trl_steer.tuners.steering.ops.switch import OPERATORS
 
 
 @contextmanager

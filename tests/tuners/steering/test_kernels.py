@@ -194,7 +194,7 @@ def test_kernels_run_on_a_gpu_by_themselves_and_on_a_cpu_on_request():
         ({"activation": ACT2FN["quick_gelu"]}, "memory_efficient"),
         ({"with_residual": True}, "plain"),
     ],
-    ids=str,
+    ids=["any", "rank 64", "rank 65", "float64", "float64 factors", "tanh", "quick_gelu", "residual"],
 )
 def test_what_the_kernels_do_not_serve_takes_another_operator(change, operator):
     change = dict(change)

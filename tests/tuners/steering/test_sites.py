@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from model_zoo import FAMILIES, HIDDEN_SIZE, tiny_inputs, tiny_model
+from operator_cases import FORMS
 from peft import LoraConfig, get_peft_model
 from steering_cases import layers_of, logits, over_families, parameters_of, steer, weights_of
 from torch import nn
@@ -16,7 +17,6 @@ from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig
 from trl_steer import SublayerSteeringConfig, steering_operator
 from trl_steer.tuners.steering import SITES, BlockAnatomy
 from trl_steer.tuners.steering.matching import find_blocks
-from trl_steer.tuners.steering.ops.low_rank import OPERATORS
 from trl_steer.tuners.steering.sites import get_hidden
 
 
@@ -183,7 +183,7 @@ def test_a_model_without_the_site_is_refused_and_stays_whole():
 
 
 # Falcon with parallel attention adds the attention's output to what its MLP returns in place.
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", FORMS)
 def test_an_update_that_the_block_writes_into_trains(operator):
     model = steer(tiny_model("falcon"), "post_mlp-low_rank").train()
     inputs = tiny_inputs()
