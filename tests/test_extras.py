@@ -21,6 +21,8 @@ PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 FOLDERS = {"trl_steer.eval": "eval", "trl_steer.integrations": "integrations", "trl_steer": "trl_steer"}
 # The extra that each command is documented with; the others do with what the package itself requires.
 EXTRAS = {"demo": "demo", "analyze": "analysis", "compare": "eval", "lm-eval": "eval", "alpaca-eval": "alpaca"}
+# Packages whose absence is no error: without Triton, which PyTorch's builds for GPUs bring, other operators are used.
+OPTIONAL = {"triton"}
 # Entry points of a module that also has one of a command with an extra.
 SHARED = {"tasks"}
 
@@ -102,7 +104,7 @@ def missing(modules: set[str], extra: str) -> set[str]:
     provided, distributions = installed_by(extra), importlib.metadata.packages_distributions()
     return {
         module
-        for module in modules
+        for module in modules - OPTIONAL
         if not provided & {canonicalize_name(name) for name in distributions.get(module, [module])}
     }
 
