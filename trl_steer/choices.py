@@ -8,6 +8,9 @@ from typing import Any, Literal
 SteeringType = Literal["low_rank", "vector"]
 SublayerSite = Literal["pre_mlp", "post_mlp", "post_attn"]
 LoReftSite = Literal["post_block", "post_mlp"]
+# Sites where the oracle's regressions read the state, and how vectors are made from contrast pairs.
+OracleSite = Literal["post_block", "post_mlp", "post_attn", "pre_mlp"]
+ExtractionMethod = Literal["mean", "pca", "pca_center", "logistic"]
 
 ALL = "all"
 LAST_PROMPT = "last_prompt"

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import Any, get_args
 
+from trl_steer.choices import SteeringType
 from trl_steer.files import new_folders
 
 from ..console import Report as Progress
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_relative(parser, "fine-tuned")
     arguments.add_save(parser, "adapter")
     parser.add_argument(
-        "--steering_type", choices=("low_rank", "vector"), default="low_rank", help="the update (default: low_rank)"
+        "--steering_type", choices=get_args(SteeringType), default="low_rank", help="the update (default: low_rank)"
     )
     parser.add_argument("--r", type=arguments.positive, default=8, help="rank of low-rank steering (default: 8)")
     parser.add_argument(
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
         )
         progress.end("done")
         made.model.save_pretrained(str(partial))
-    tokens = dict(zip(split._fields, map(inputs.count_tokens, split), strict=True))
+    tokens = inputs.count_tokens_of_parts(split)
     return Report(
         "A steering adapter distilled from a fine-tuned model",
         {"tokens": tokens, "blocks": made.report},

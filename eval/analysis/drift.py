@@ -26,12 +26,10 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     from trl_steer.analysis import drift
     from trl_steer.analysis.drift import SCALINGS
 
-    progress.start(len(args.adapter))
-    names, results = inputs.short_names(args.adapter), {}
-    for adapter, name in zip(args.adapter, names, strict=True):
-        model, tokenizer = inputs.load_model(args, progress, adapter)
-        batches = inputs.load_batches(args, tokenizer)
-        results[name] = drift(model, inputs.tracked(batches, progress, f"Running {name}"), args.scaling or SCALINGS)
+    results = {
+        name: drift(model, batches, args.scaling or SCALINGS)
+        for name, model, batches in inputs.each_adapter(args, progress)
+    }
     return Report("Drift from the base model", {"adapters": results}, _summary(results), _figure(results))
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from trl_steer.choices import ExtractionMethod
 from trl_steer.files import new_folders
 
 from ..console import Report as Progress
 from . import arguments, figures, inputs
 from .report import Report, table
-
-_METHODS = ("mean", "pca", "pca_center", "logistic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=_METHODS,
+        choices=get_args(ExtractionMethod),
         default="mean",
         help="mean: difference of means; pca: first principal component of the differences, repeng's pca_diff; "
         "pca_center: repeng's method of this name; logistic: weights of a logistic regression (default: mean)",
@@ -115,17 +114,15 @@ def _is_chat(side: Any) -> bool:
 
 
 def _batches(texts: list[Any], args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
-    """Batches of texts, or of chats in the chat template, which ends in the start of an answer if the last message is
-    not one."""
+    """Batches of texts, or of chats in the chat template."""
     from trl_steer.analysis import token_batches
+
+    from .texts import chat_text
 
     rows = []
     for text in texts:
         is_chat = not isinstance(text, str)
-        if is_chat:
-            text = tokenizer.apply_chat_template(
-                text, tokenize=False, add_generation_prompt=text[-1]["role"] != "assistant"
-            )
+        text = chat_text(text, tokenizer) if is_chat else text
         ids = tokenizer(text, add_special_tokens=not is_chat, truncation=True, max_length=args.max_length)
         rows.append(ids["input_ids"])
     return token_batches(rows, args.batch_size, tokenizer.pad_token_id or 0)

@@ -79,6 +79,14 @@ def load_adapter(model: Any, adapter: str) -> Any:
     return loaded
 
 
+def each_adapter(args: Any, progress: Progress) -> Iterator[tuple[str, Any, Iterator[dict[str, Any]]]]:
+    """A short name, the model, and the batches of the texts, as a step, for each of `--adapter`."""
+    progress.start(len(args.adapter))
+    for adapter, name in zip(args.adapter, short_names(args.adapter), strict=True):
+        model, tokenizer = load_model(args, progress, adapter)
+        yield name, model, tracked(load_batches(args, tokenizer), progress, f"Running {name}")
+
+
 def load_pair(args: Any, progress: Progress) -> tuple[Any, Any, Any]:
     """The base model (`None` if the fine-tuned one is that with an adapter), the model of `--tuned`, and the
     tokenizer. See `trl_steer.analysis.record_pair`.
@@ -87,15 +95,9 @@ def load_pair(args: Any, progress: Progress) -> tuple[Any, Any, Any]:
         FileNotFoundError: There is no such model or adapter.
         ValueError: The models have different shapes, or the adapter is of another base model.
     """
-    from trl_steer.analysis import check_same_shape
-
     if _is_adapter(args.tuned):
         return (None, *load_model(args, progress, args.tuned))
-    models.check(args.tuned)
-    base, tokenizer = load_model(args, progress)
-    tuned, _ = models.load(args.tuned, dtype=args.dtype, device=args.device)
-    check_same_shape(base, tuned)
-    return base, tuned, tokenizer
+    return load_separate_pair(args, progress, args.tuned)
 
 
 def load_separate_pair(args: Any, progress: Progress, tuned: str) -> tuple[Any, Any, Any]:
@@ -160,6 +162,11 @@ def load_batches(args: Any, tokenizer: Any) -> list[dict[str, Any]]:
 def count_tokens(batches: Sequence[dict[str, Any]]) -> int:
     """Tokens of all batches, without padding."""
     return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def count_tokens_of_parts(split: Any) -> dict[str, int]:
+    """Tokens of each part of a split, by its name."""
+    return dict(zip(split._fields, map(count_tokens, split), strict=True))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
         made = fit(base, tuned, split, config, relative=args.relative, progress=progress.progress)
         progress.end("done")
         made.model.save_pretrained(str(partial))
-    tokens = dict(zip(split._fields, map(inputs.count_tokens, split), strict=True))
+    tokens = inputs.count_tokens_of_parts(split)
     return Report(
         "A LoRA adapter that explains a steering adapter",
         {"tokens": tokens, "blocks": made.report},

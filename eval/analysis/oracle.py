@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from typing import Any
+from typing import Any, get_args
+
+from trl_steer.choices import OracleSite
 
 from ..console import Report as Progress
 from . import arguments, figures, inputs
 from .report import Report, table
 
-_SITES = ("post_block", "post_mlp", "post_attn", "pre_mlp")
+_SITES = get_args(OracleSite)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     ranks = sorted({*RANKS, args.rank})
     rows = oracle(base, tuned, split, args.sites, ranks, args.blocks, args.relative, progress=progress.progress)
     progress.end("done")
-    tokens = dict(zip(split._fields, map(inputs.count_tokens, split), strict=True))
+    tokens = inputs.count_tokens_of_parts(split)
     results = {"tokens": tokens, "blocks": rows}
     return Report(
         "What updates explain of the oracle", results, _summary(rows, args.rank, tokens), _figure(rows, args.rank)

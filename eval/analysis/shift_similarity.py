@@ -18,12 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> Report:
     from trl_steer.analysis import shift_similarity
 
-    progress.start(len(args.adapter))
-    names, results = inputs.short_names(args.adapter), {}
-    for adapter, name in zip(args.adapter, names, strict=True):
-        model, tokenizer = inputs.load_model(args, progress, adapter)
-        batches = inputs.load_batches(args, tokenizer)
-        results[name] = shift_similarity(model, inputs.tracked(batches, progress, f"Running {name}"))
+    results = {name: shift_similarity(model, batches) for name, model, batches in inputs.each_adapter(args, progress)}
     return Report(
         "Similarity of the shifts of steering and LoRA", {"adapters": results}, _summary(results), _figure(results)
     )

@@ -64,7 +64,10 @@ def _text(example: dict, args: Any, tokenizer: Any, is_chat: bool) -> str:
     rest = None if args.prompts_only else example.get("completion")
     if not is_chat:
         return first + (rest or "")
-    messages = [*first, *(rest or [])]
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=messages[-1]["role"] != "assistant"
-    )
+    return chat_text([*first, *(rest or [])], tokenizer)
+
+
+def chat_text(messages: list[dict], tokenizer: Any) -> str:
+    """Messages in the chat template, with the start of an answer if the last one is none."""
+    is_answered = messages[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not is_answered)

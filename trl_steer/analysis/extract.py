@@ -7,17 +7,18 @@ that name, and the sign of a direction makes most positive texts project further
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from peft import PeftModel, get_peft_model
+
+from trl_steer.choices import ExtractionMethod
 
 from ..tuners.post_block_steering import PostBlockSteeringConfig
 from .distill import Progress
 from .states import blocks_of, record
 
-Method = Literal["mean", "pca", "pca_center", "logistic"]
-METHODS = get_args(Method)
+METHODS = get_args(ExtractionMethod)
 _NEWTON_STEPS = 100
 
 
@@ -42,7 +43,7 @@ def extract(
     model: Any,
     positive: Sequence[Mapping[str, torch.Tensor]],
     negative: Sequence[Mapping[str, torch.Tensor]],
-    method: Method = "mean",
+    method: ExtractionMethod = "mean",
     position: int = -1,
     strength: float = 0.1,
     blocks: Sequence[int] | None = None,
@@ -101,7 +102,9 @@ def extract(
     return Extracted(_steered(model, directions, blocks), report)
 
 
-def direction(h_plus: torch.Tensor, h_minus: torch.Tensor, method: Method) -> tuple[torch.Tensor, dict[str, float]]:
+def direction(
+    h_plus: torch.Tensor, h_minus: torch.Tensor, method: ExtractionMethod
+) -> tuple[torch.Tensor, dict[str, float]]:
     """
     The direction from negative to positive states.
 

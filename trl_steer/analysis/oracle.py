@@ -8,9 +8,11 @@ explain of it says where to put an adapter and how large it should be, before an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
+
+from trl_steer.choices import OracleSite
 
 from .distill import Progress
 from .moments import Moments, inverse_square_norms
@@ -18,7 +20,7 @@ from .regression import RIDGES, constant_error, explained_share, held_out_errors
 from .splits import Split
 from .states import blocks_of, check_same_shape, record_pair
 
-ORACLE_SITES = ("post_block", "post_mlp", "post_attn", "pre_mlp")
+ORACLE_SITES = get_args(OracleSite)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 # Of the sums for all blocks that are measured in the same pass.
 MEMORY_BYTES = 3 * 2**30

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import triton_update
+from .dtypes import autocast_enabled, cast, compute_dtype
 from .switch import current_operator, steering_operator
 
 # Up to this number of elements in `h`, as in decoding, the overhead of calls exceeds the cost of the arithmetic.
@@ -60,7 +61,7 @@ def low_rank_update(
         `torch.Tensor`: (..., d), dtype and device of `h`, a new tensor.
     """
     if h.device.type in triton_update.DEVICES and operator_for(h, down, up, activation, residual) == "triton":
-        return triton_update.update(h, down, up, scaling, activation, dropout, _compute_dtype(h, down))
+        return triton_update.update(h, down, up, scaling, activation, dropout, compute_dtype(h, down))
     # Not while tracing: a comparison would specialize symbolic sizes.
     if (
         not torch.is_grad_enabled()
@@ -70,13 +71,13 @@ def low_rank_update(
     ):
         dtype = h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
         # A separate multiplication by the scaling could overflow in float16, including autocast's.
-        if dtype != torch.float16 and (scaling == 1.0 or not _autocast_enabled(h)):
+        if dtype != torch.float16 and (scaling == 1.0 or not autocast_enabled(h)):
             return _few_tokens(h, down, up, scaling, activation, residual, dtype)
-    if _autocast_enabled(h):
-        dtype = _compute_dtype(h, down)
+    if autocast_enabled(h):
+        dtype = compute_dtype(h, down)
         with torch.autocast(h.device.type, enabled=False):
             return _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype)
-    return _low_rank_update(h, down, up, scaling, activation, dropout, residual, _compute_dtype(h, down))
+    return _low_rank_update(h, down, up, scaling, activation, dropout, residual, compute_dtype(h, down))
 
 
 def operator_for(
@@ -97,30 +98,24 @@ def operator_for(
     return "memory_efficient" if torch.is_grad_enabled() and not compiling else "plain"
 
 
-def _compute_dtype(h: torch.Tensor, down: torch.Tensor) -> torch.dtype:
-    if _autocast_enabled(h):
-        return torch.get_autocast_dtype(h.device.type)
-    return h.dtype if h.dtype == down.dtype else torch.promote_types(h.dtype, down.dtype)
-
-
 def _low_rank_update(h, down, up, scaling, activation, dropout, residual, dtype):
     if operator_for(h, down, up, activation, residual) == "memory_efficient":
         return _MemoryEfficientUpdate.apply(h, down, up, scaling, activation, dropout, dtype)
     tokens = _flat(h)
-    z = F.linear(_cast(tokens, dtype), _cast(down, dtype))
+    z = F.linear(cast(tokens, dtype), cast(down, dtype))
     a = _bottleneck(z, activation, _dropout_mask(z, dropout))
-    return _add_update(tokens if residual is None else _flat(residual), a, _cast(up, dtype), scaling).view_as(h)
+    return _add_update(tokens if residual is None else _flat(residual), a, cast(up, dtype), scaling).view_as(h)
 
 
 def _few_tokens(h, down, up, scaling, activation, residual, dtype):
     """The update with as few calls as possible. It does not check for autocast, which rounds in the same places and
     would add a third to the time."""
-    a = F.linear(_cast(h, dtype), _cast(down, dtype))
+    a = F.linear(cast(h, dtype), cast(down, dtype))
     if activation is not None:
         a = activation(a)
     if scaling != 1.0:
         a = scaling * a
-    return _cast(F.linear(a, _cast(up, dtype)), h.dtype).add_(h if residual is None else residual)
+    return cast(F.linear(a, cast(up, dtype)), h.dtype).add_(h if residual is None else residual)
 
 
 class _MemoryEfficientUpdate(torch.autograd.Function):
@@ -129,9 +124,9 @@ class _MemoryEfficientUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, down, up, scaling, activation, dropout, dtype):
         tokens = _flat(h)
-        z = F.linear(_cast(tokens, dtype), _cast(down, dtype))
+        z = F.linear(cast(tokens, dtype), cast(down, dtype))
         mask = _dropout_mask(z, dropout)
-        output = _add_update(tokens, _bottleneck(z, activation, mask), _cast(up, dtype), scaling).view_as(h)
+        output = _add_update(tokens, _bottleneck(z, activation, mask), cast(up, dtype), scaling).view_as(h)
         ctx.save_for_backward(output if ctx.needs_input_grad[1] else None, z, mask, down, up)
         ctx.scaling, ctx.activation = scaling, activation
         return output
@@ -139,7 +134,7 @@ class _MemoryEfficientUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        if not _autocast_enabled(grad_output):
+        if not autocast_enabled(grad_output):
             return _backward(ctx, grad_output)
         # Autocast would round the products whose difference is the gradient.
         with torch.autocast(grad_output.device.type, enabled=False):
@@ -150,9 +145,9 @@ def _backward(ctx, grad_output):
     output, z, mask, down, up = ctx.saved_tensors
     needs_h, needs_down, needs_up = ctx.needs_input_grad[:3]
     dtype, scaling = z.dtype, ctx.scaling
-    up_ = _cast(up, dtype)
+    up_ = cast(up, dtype)
     grad_tokens = _flat(grad_output)
-    grad = _cast(grad_tokens, dtype)
+    grad = cast(grad_tokens, dtype)
     grad_a = scaling * (grad @ up_)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
@@ -162,11 +157,11 @@ def _backward(ctx, grad_output):
 
     grad_h = grad_down = grad_up = None
     if needs_up:
-        grad_up = _cast(scaling * (a.T @ grad), up.dtype).T  # three times as fast as grad.T @ a on a CPU
+        grad_up = cast(scaling * (a.T @ grad), up.dtype).T  # three times as fast as grad.T @ a on a CPU
     if needs_down:
-        grad_down = _cast(_grad_down(_cast(_flat(output), dtype), a, grad_z, up_, scaling), down.dtype)
+        grad_down = cast(_grad_down(cast(_flat(output), dtype), a, grad_z, up_, scaling), down.dtype)
     if needs_h:
-        grad_h = _add_update(grad_tokens, grad_z, _cast(down, dtype).T, 1.0).view_as(grad_output)
+        grad_h = _add_update(grad_tokens, grad_z, cast(down, dtype).T, 1.0).view_as(grad_output)
     return grad_h, grad_down, grad_up, None, None, None, None
 
 
@@ -177,18 +172,9 @@ def _grad_down(output, a, grad_z, up, scaling):
     return torch.addmm(grad_z.T @ output, grad_z.T @ a, up.T, alpha=-scaling)
 
 
-def _autocast_enabled(tensor: torch.Tensor) -> bool:
-    """Whether autocast is enabled for the device of a tensor. PyTorch raises an error for the meta device."""
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
-
-
 def _flat(h: torch.Tensor) -> torch.Tensor:
     """(tokens, d), a view where possible."""
     return h.reshape(-1, h.shape[-1])
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _bottleneck(z, activation, mask):
@@ -204,4 +190,4 @@ def _add_update(tokens: torch.Tensor, a: torch.Tensor, up: torch.Tensor, scaling
     """`tokens + scaling * a @ up.T`, in one call if the dtypes allow it."""
     if tokens.dtype == a.dtype:
         return torch.addmm(tokens, a, up.T, alpha=scaling)
-    return tokens + _cast(scaling * F.linear(a, up), tokens.dtype)
+    return tokens + cast(scaling * F.linear(a, up), tokens.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .low_rank import _autocast_enabled, _cast
+from .dtypes import autocast_enabled, cast, compute_dtype
 
 
 def stack_factors(
@@ -56,18 +56,18 @@ def stacked_low_rank_update(
     Returns:
         `torch.Tensor`: (adapters, n, d), dtype of `h`.
     """
-    if _autocast_enabled(h):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        with torch.autocast(h.device.type, enabled=False):
-            return _update(h, _cast(down, dtype), _cast(up, dtype), activation)
-    dtype = torch.promote_types(h.dtype, torch.promote_types(down.dtype, up.dtype))
-    return _update(h, _cast(down, dtype), _cast(up, dtype), activation)
+    dtype = compute_dtype(h, down)
+    down, up = cast(down, dtype), cast(up, dtype)
+    if not autocast_enabled(h):
+        return _update(h, down, up, activation)
+    with torch.autocast(h.device.type, enabled=False):
+        return _update(h, down, up, activation)
 
 
 def _update(h, down, up, activation):
-    a = torch.bmm(_cast(h, down.dtype), down.mT)
+    a = torch.bmm(cast(h, down.dtype), down.mT)
     if activation is not None:
         a = activation(a)
     if h.dtype == a.dtype:
         return torch.baddbmm(h, a, up.mT)
-    return h + _cast(torch.bmm(a, up.mT), h.dtype)
+    return h + cast(torch.bmm(a, up.mT), h.dtype)
