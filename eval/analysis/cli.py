@@ -33,6 +33,9 @@ MEASURES = {
     "proposition-4.2": ("proposition_4_2", "whether two updates of a simplified model learn the same subspace"),
 }
 
+# Their messages say what was wrong with the input.
+_INPUT_ERRORS = (ValueError, OSError, ImportError)
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "trl-steer analyze") -> int:
     """Runs a measure. Returns the exit status."""
@@ -53,10 +56,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer analyze") -> 
         require("analysis", "matplotlib")
         report = measure.run(args, console)
         files = write(report, args.output, MEASURES[name][0], [*prog.split(), *arguments])
-    # RuntimeError is what PyTorch raises where memory or a device is missing.
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except KeyboardInterrupt:
         console.close()
-        print(f"{prog} {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"\n{prog} {name}: stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        console.close()
+        if args.debug:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if isinstance(error, _INPUT_ERRORS) else " (--debug shows the traceback)"
+        print(f"{prog} {name}: error: {reason}{hint}", file=sys.stderr)
         return 1
     console.close()
     print(f"{report.summary}\nWrote {', '.join(map(str, files))}.")
@@ -90,4 +100,5 @@ def _measure_parser(prog: str, name: str, measure: Any) -> argparse.ArgumentPars
         metavar="DIR",
         help=f"folder for {MEASURES[name][0]}.json, .md and .png (default: analysis)",
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
     return parser

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -165,3 +166,24 @@ def test_a_picture_that_cannot_be_drawn_leaves_earlier_files(monkeypatch, tmp_pa
     assert main(["analyze", "adapter-norms", "low_rank", "--output", "out"]) == 1
     assert "disk full" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (KeyboardInterrupt(), 130, "trl-steer analyze inspect: stopped."),
+        (AttributeError("'x' has no y"), 1, "error: 'x' has no y (--debug shows the traceback)"),
+        (ValueError("pass\n another"), 1, "error: pass another"),
+    ],
+)
+def test_interruptions_and_mistakes_of_the_program_are_one_line(error, status, printed, monkeypatch, capsys, tmp_path):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("trl_steer.eval.analysis.inspection.run", fail)
+    command = ["analyze", "inspect", "low_rank", "--output", "out"]
+    assert main(command) == status
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(printed)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(type(error)) if status == 1 else nullcontext():
+        main([*command, "--debug"])
