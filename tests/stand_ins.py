@@ -1,12 +1,13 @@
 """What the commands of the documentation do in the tests, and what stands in for the Hub: the working directory.
 
-`trl-steer` and `lm_eval` are themselves. The others are read and checked, and do nothing: `accelerate launch` needs
-several GPUs, `pip` needs a network, and `make test` would run the tests that run it.
+`trl-steer` and `lm_eval` are themselves. The others are read and checked, and do nothing: `accelerate launch` of our
+module needs several GPUs, `pip` needs a network, and `make test` would run the tests that run it.
 """
 
 import argparse
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def find_few_tasks() -> None:
 
 
 def accelerate(arguments: list[str], checkout: Path) -> int:
-    """Reads the arguments as the launcher does, and those of our script with `--dry_run`; starts nothing."""
+    """Reads the arguments as the launcher does. Runs a script in this process, and our module with `--dry_run`."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -53,8 +54,11 @@ def accelerate(arguments: list[str], checkout: Path) -> int:
 
     assert arguments[0] == "launch"
     parsed = launch_command_parser().parse_args(arguments[1:])
+    if not parsed.module:
+        sys.argv = [parsed.training_script, *parsed.training_script_args]
+        runpy.run_path(parsed.training_script, run_name="__main__")
+        return 0
     load_config_from_file(parsed.config_file)
-    assert parsed.module
     assert importlib.util.find_spec(parsed.training_script) is not None
     return sft.main([*parsed.training_script_args, "--dry_run"])
 
