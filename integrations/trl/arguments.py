@@ -166,15 +166,9 @@ def read(argv: Sequence[str], **defaults: Any) -> Request:
         ours = SteeringArguments(**{name: _value(own[name], value) for name, value in given.items() if name in own})
     except (ValueError, TypeError) as error:
         raise ArgumentError(str(error)) from error
-    has_lora = ours.method in ("lora", *presets.JOINT)
-    if "use_peft" in given and (str(given["use_peft"]).lower() in ("true", "1", "yes")) != has_lora:
-        raise ArgumentError(
-            f"--use_peft {given['use_peft']} cannot be used with --method {ours.method}, which "
-            f"{'trains' if has_lora else 'does not train'} LoRA. Leave it out, and select LoRA with --method lora, "
-            "joint or joint_orth."
-        )
     request = Request(given, ours)
     _check_options(request)
+    _check_options_of_lora(request)
     _check_site_and_positions(request)
     for name, value in request.settings().values.items():
         if name in own:
@@ -198,6 +192,22 @@ def _check_options(request: Request) -> None:
     if presets.options(ours.method):
         why = f"only with {', '.join(name for name in presets.METHODS if wrong in presets.options(name))}"
     raise ArgumentError(f"--{wrong} cannot be used with --method {ours.method}, {why}. Leave it out.")
+
+
+def _check_options_of_lora(request: Request) -> None:
+    """Checks TRL's own options of LoRA, which TRL ignores without `--use_peft`."""
+    given, method = request.given, request.ours.method
+    has_lora = method in ("lora", *presets.JOINT)
+    wrong = next((name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora")), None)
+    if "use_peft" in given and (str(given["use_peft"]).lower() in ("true", "1", "yes")) != has_lora:
+        wrong = "use_peft"
+    elif has_lora or wrong is None:
+        return
+    raise ArgumentError(
+        f"--{wrong} {given[wrong]} cannot be used with --method {method}, which "
+        f"{'trains' if has_lora else 'does not train'} LoRA. Leave it out, and select LoRA with --method lora, joint "
+        "or joint_orth."
+    )
 
 
 def _check_site_and_positions(request: Request) -> None:

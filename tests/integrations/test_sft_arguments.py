@@ -81,6 +81,7 @@ WRONG = {
     "mistyped config": (["--config", "mistyped.yaml"], ["mistyped.yaml", "methd", "did you mean method?"]),
     "wrong value in config": (["--config", "words.yaml"], ["steering_r must be an integer"]),
     "LoRA for steering alone": (["--use_peft"], ["--method low_rank, which does not train LoRA", "--method lora"]),
+    "LoRA's rank for steering": (["--lora_r", "4"], ["--lora_r 4", "--method low_rank, which does not train LoRA"]),
     "unknown task": (["--task", "booq"], ["no task 'booq'", "boolq"]),
     "no such model": (["--model_name_or_path", "./nowhere"], ["./nowhere", "There is no folder"]),
     "unknown model": (["--model_name_or_path", "nobody/nothing"], ["no model nobody/nothing on the Hub"]),
