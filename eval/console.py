@@ -44,7 +44,7 @@ class Console(Report):
 
     def step(self, name: str) -> None:
         self._number += 1
-        self._name = f"{self._number} of {self._steps}  {name}"
+        self._name = name if self._steps == 1 else f"{self._number} of {self._steps}  {name}"
         self._began: tuple[float, int] | None = None
         self._tenth = 0
         self._write(f"{self._name} ...", over=True)
