@@ -20,6 +20,9 @@ class Report:
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Called during a step."""
 
+    def loss(self, step: int, loss: float) -> None:
+        """Called with the training loss of a step when it is logged."""
+
     def end(self, result: str) -> None:
         """Called at the end of a step."""
 

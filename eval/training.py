@@ -98,6 +98,10 @@ class _Record(TrainerCallback):
         note = f"loss {losses[-1]:.3f}" if losses else ""
         self.report.progress(state.global_step, state.max_steps, note)
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.report.loss(state.global_step, float(logs["loss"]))
+
     def on_save(self, args, state, control, model=None, **kwargs):
         seconds = time.perf_counter() - self.start
         self.memory = max(self.memory, _peak_memory())

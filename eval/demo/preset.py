@@ -12,7 +12,7 @@ from ..settings import Method, Settings, of_preset
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 480, 200
 FAST_TRAIN_EXAMPLES, FAST_HELD_OUT_EXAMPLES = 64, 50
 
-TASK = "steer_listops_synthetic"
+BENCHMARK, TASK = "listops_synthetic", "steer_listops_synthetic"
 # Full fine-tuning would leave half a gigabyte.
 METHODS: tuple[Method, ...] = get_args(presets.AdapterMethod)
 
@@ -33,12 +33,12 @@ def settings(
     return Settings(
         method=method,
         model=model,
-        benchmark="listops_synthetic",
+        benchmark=BENCHMARK,
         source={"seed": seed, "train": train, "validation": 0, "test": held_out, **TOKENS},
         task=TASK,
         seed=seed,
         scoring=SCORING,
-        **of_preset("default", method, "listops_synthetic"),
+        **of_preset("default", method, BENCHMARK),
     )
 
 
