@@ -1,0 +1,134 @@
+"""The files of a report: its text with tables and pictures, the tables for LaTeX, and all runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from . import comparisons, pictures, published, results, runs_csv
+from .records import Cell, Record
+from .summary import Summary
+from .tables import Table
+
+REPORT, LATEX, RUNS = "report.md", "tables.tex", "runs.csv"
+MARKS = (
+    f"{results.COLLAPSED} a seed collapsed: its accuracy is not above that of giving the most frequent answer of the "
+    f"test set to everything. {results.DIVERGED} a seed diverged, which counts as an accuracy of 0. (n/m) the mean of "
+    f"the n of m seeds that have a result. {results.NONE} no result. An average needs all seeds of all tasks."
+)
+TESTS = (
+    "Both sides answer the same examples with the same seeds. A difference in bold is beyond noise: p is below "
+    f"{comparisons.LEVEL} after Holm's correction, and the interval over seeds does not contain 0. p is that of the "
+    "exact sign-flip test over examples, two-sided; with one seed, this is the exact McNemar test. The correction is "
+    "over all comparisons with the same reference. Intervals: over examples, a paired bootstrap with these seeds; "
+    "over seeds, Student's t with these examples."
+)
+RATES = (
+    f"The rate with the best validation accuracy. {results.LOWEST} or {results.HIGHEST}: it is the lowest or the "
+    "highest one of its grid, so that a better one may be outside."
+)
+RATE_PICTURES = (
+    "Error bars: standard error over examples with one seed, standard deviation with several. Crosses: a run "
+    "diverged. Rings: the rate of the test stage."
+)
+PAPER = (
+    f"Accuracies are those of the paper, differences are recomputed from them. {published.WRONG} The printed one, in "
+    "parentheses, does not follow from the printed accuracies, and rounding does not explain it."
+)
+
+
+class Section(NamedTuple):
+    """
+    A section of the report.
+
+    Attributes:
+        heading (`str`): Its heading.
+        text (`str`): Markdown below the heading.
+        tables (`Sequence[Table]`): Tables, with their captions.
+        pictures (`Sequence[str]`): Names of the files of pictures.
+        note (`str`): Text below the pictures.
+    """
+
+    heading: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    pictures: Sequence[str] = ()
+    note: str = ""
+
+    def markdown(self) -> str:
+        tables = [part for table in self.tables for part in (table.caption, table.markdown())]
+        shown = [f"![{self.heading}]({name})" for name in self.pictures]
+        return "\n\n".join(part for part in (f"## {self.heading}", self.text, *tables, *shown, self.note) if part)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file in the folder of a report is part of it."""
+    return name in (REPORT, LATEX, RUNS) or pictures.is_ours(name)
+
+
+def files(record: Record, paper: bool) -> dict[str, bytes]:
+    """The files of the report by name. The same record gives the same files, but for the last columns of the CSV file.
+
+    Args:
+        record ([`Record`]): The study.
+        paper (`bool`): Whether to add the paper's numbers.
+
+    Raises:
+        RunError: Two runs to be compared were evaluated on different examples.
+    """
+    summary = Summary(record)
+    drawn = pictures.pictures(summary)
+    sections = list(_sections(summary, list(drawn), paper))
+    tables = [table.latex() for section in sections for table in section.tables]
+    texts = {
+        REPORT: "\n\n".join([f"# {record.title}", _introduction(record), *(part.markdown() for part in sections)]),
+        LATEX: "\n\n".join([r"% Needs \usepackage{booktabs}.", f"% {MARKS}", *tables]),
+        RUNS: runs_csv.write(record).rstrip("\n"),
+    }
+    return {name: f"{text}\n".encode() for name, text in texts.items()} | drawn
+
+
+def _introduction(record: Record) -> str:
+    states = [cell.state for cell in record.cells]
+    counted = {state: states.count(state) for state in ("finished", "diverged", "failed", "missing")}
+    said = ", ".join(f"{number} {state}" for state, number in counted.items() if number)
+    guessed = [f"- {text}" for text in record.guessed]
+    return "\n".join(
+        [
+            f"{len(states)} runs: {said}. All of them are in [{RUNS}]({RUNS}).",
+            *(["", "Assumed:", "", *guessed] if guessed else []),
+        ]
+    )
+
+
+def _sections(summary: Summary, drawn: Sequence[str], paper: bool) -> Iterator[Section]:
+    record = summary.record
+
+    def named(start: str) -> list[str]:
+        return [name for name in drawn if name.startswith(start)]
+
+    yield Section("Accuracy", MARKS, [results.accuracy_table(summary)], named(pictures.PARAMETERS))
+    yield Section("Standard deviations", tables=[results.deviation_table(summary)])
+    if named(pictures.RANK):
+        note = "Error bars: standard deviation over seeds."
+        yield Section("Rank and nonlinearity", pictures=named(pictures.RANK), note=note)
+    of_rates = named(pictures.RATES)
+    yield Section("Learning rates", RATES, [results.rate_table(summary)], of_rates, RATE_PICTURES if of_rates else "")
+    tests = [results.comparison_table(*item) for item in comparisons.compare(summary).items() if item[1]]
+    if tests:
+        yield Section("Paired tests", TESTS, tests)
+    unusual = [line for cell in record.cells for line in _unusual(cell)]
+    if unusual:
+        yield Section("Collapsed, diverged and failed runs", "\n".join(unusual))
+    if paper:
+        yield Section("The paper", PAPER, published.tables(summary))
+
+
+def _unusual(cell: Cell) -> Iterator[str]:
+    rate = "" if cell.rate is None else f", rate {results.rate(cell.rate)}"
+    name = f"{cell.model}, {cell.task}, {cell.row}{rate}, seed {cell.seed} ({cell.stage})"
+    if cell.state in ("diverged", "failed"):
+        yield f"- {cell.state}: {name}: {cell.reason}"
+    elif cell.collapsed:
+        most_frequent = f"{results.percent(cell.majority)} for the most frequent answer"
+        yield f"- collapsed: {name}: {results.percent(cell.accuracy)}, and {most_frequent}"
