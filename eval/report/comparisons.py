@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from trl_steer.statistics import Interval, exact_sign_flip, holm, paired_bootstrap, t_interval
 
@@ -99,19 +100,13 @@ def _comparison(reference: str, pair: _Pair, p_value: float, corrected: float) -
 
 
 def _pairs(reference: str, record: Record) -> Iterator[_Pair]:
-    for model in record.models:
-        for row in record.rows:
-            for task in record.tasks:
-                theirs = {cell.seed: cell for cell in record.of("test", model, reference, task)}
-                both = [
-                    (cell, theirs[cell.seed]) for cell in record.of("test", model, row, task) if cell.seed in theirs
-                ]
-                # Two runs that diverged gave no answers to compare.
-                compared = [
-                    (a, b) for a, b in both if None not in (a.accuracy, b.accuracy) and (a.examples or b.examples)
-                ]
-                if row != reference and compared:
-                    yield _pair(compared)
+    for model, task, row in product(record.models, record.tasks, record.rows):
+        theirs = {cell.seed: cell for cell in record.of("test", model, reference, task)}
+        both = [(cell, theirs[cell.seed]) for cell in record.of("test", model, row, task) if cell.seed in theirs]
+        # Two runs that diverged gave no answers to compare.
+        compared = [(a, b) for a, b in both if None not in (a.accuracy, b.accuracy) and (a.examples or b.examples)]
+        if row != reference and compared:
+            yield _pair(compared)
 
 
 def _pair(compared: Sequence[tuple[Cell, Cell]]) -> _Pair:

@@ -8,14 +8,9 @@ from typing import NamedTuple
 from . import comparisons, pictures, published, results, runs_csv
 from .records import Cell, Record
 from .summary import Summary
-from .tables import Table
+from .tables import Table, markdown
 
 REPORT, LATEX, RUNS = "report.md", "tables.tex", "runs.csv"
-MARKS = (
-    f"{results.COLLAPSED} a seed collapsed: its accuracy is not above that of giving the most frequent answer of the "
-    f"test set to everything. {results.DIVERGED} a seed diverged, which counts as an accuracy of 0. (n/m) the mean of "
-    f"the n of m seeds that have a result. {results.NONE} no result. An average needs all seeds of all tasks."
-)
 TESTS = (
     "Both sides answer the same examples with the same seeds. A difference in bold is beyond noise: p is below "
     f"{comparisons.LEVEL} after Holm's correction, and the interval over seeds does not contain 0. p is that of the "
@@ -26,6 +21,10 @@ TESTS = (
 RATES = (
     f"The rate with the best validation accuracy. {results.LOWEST} or {results.HIGHEST}: it is the lowest or the "
     "highest one of its grid, so that a better one may be outside."
+)
+PARAMETER_PICTURE = (
+    "Error bars: standard deviation over seeds of the average over tasks. Points with about as many parameters are "
+    "moved apart."
 )
 RATE_PICTURES = (
     "Error bars: standard error over examples with one seed, standard deviation with several. Crosses: a run "
@@ -56,9 +55,14 @@ class Section(NamedTuple):
     note: str = ""
 
     def markdown(self) -> str:
-        tables = [part for table in self.tables for part in (table.caption, table.markdown())]
+        tables = [part for table in self.tables for part in (markdown(table.caption), table.markdown())]
         shown = [f"![{self.heading}]({name})" for name in self.pictures]
         return "\n\n".join(part for part in (f"## {self.heading}", self.text, *tables, *shown, self.note) if part)
+
+    def latex(self) -> list[str]:
+        """The tables, below their explanation as a comment."""
+        comment = [f"% {self.text}"] if self.text and self.tables else []
+        return [*comment, *(table.latex() for table in self.tables)]
 
 
 def is_ours(name: str) -> bool:
@@ -79,10 +83,12 @@ def files(record: Record, paper: bool) -> dict[str, bytes]:
     summary = Summary(record)
     drawn = pictures.pictures(summary)
     sections = list(_sections(summary, list(drawn), paper))
-    tables = [table.latex() for section in sections for table in section.tables]
+    tables = [part for section in sections for part in section.latex()]
     texts = {
-        REPORT: "\n\n".join([f"# {record.title}", _introduction(record), *(part.markdown() for part in sections)]),
-        LATEX: "\n\n".join([r"% Needs \usepackage{booktabs}.", f"% {MARKS}", *tables]),
+        REPORT: "\n\n".join(
+            [f"# {markdown(record.title)}", _introduction(record), *(part.markdown() for part in sections)]
+        ),
+        LATEX: "\n\n".join([r"% Needs \usepackage{booktabs}.", *tables]),
         RUNS: runs_csv.write(record).rstrip("\n"),
     }
     return {name: f"{text}\n".encode() for name, text in texts.items()} | drawn
@@ -92,7 +98,7 @@ def _introduction(record: Record) -> str:
     states = [cell.state for cell in record.cells]
     counted = {state: states.count(state) for state in ("finished", "diverged", "failed", "missing")}
     said = ", ".join(f"{number} {state}" for state, number in counted.items() if number)
-    guessed = [f"- {text}" for text in record.guessed]
+    guessed = [f"- {markdown(text)}" for text in record.guessed]
     return "\n".join(
         [
             f"{len(states)} runs: {said}. All of them are in [{RUNS}]({RUNS}).",
@@ -107,7 +113,8 @@ def _sections(summary: Summary, drawn: Sequence[str], paper: bool) -> Iterator[S
     def named(start: str) -> list[str]:
         return [name for name in drawn if name.startswith(start)]
 
-    yield Section("Accuracy", MARKS, [results.accuracy_table(summary)], named(pictures.PARAMETERS))
+    of_parameters = PARAMETER_PICTURE if named(pictures.PARAMETERS) else ""
+    yield Section("Accuracy", "", [results.accuracy_table(summary)], named(pictures.PARAMETERS), of_parameters)
     yield Section("Standard deviations", tables=[results.deviation_table(summary)])
     if named(pictures.RANK):
         note = "Error bars: standard deviation over seeds."
@@ -128,7 +135,7 @@ def _unusual(cell: Cell) -> Iterator[str]:
     rate = "" if cell.rate is None else f", rate {results.rate(cell.rate)}"
     name = f"{cell.model}, {cell.task}, {cell.row}{rate}, seed {cell.seed} ({cell.stage})"
     if cell.state in ("diverged", "failed"):
-        yield f"- {cell.state}: {name}: {cell.reason}"
-    elif cell.collapsed:
+        yield f"- {cell.state}: {markdown(f'{name}: {cell.reason}')}"
+    elif cell.collapsed and cell.stage == "test":
         most_frequent = f"{results.percent(cell.majority)} for the most frequent answer"
-        yield f"- collapsed: {name}: {results.percent(cell.accuracy)}, and {most_frequent}"
+        yield f"- collapsed: {markdown(name)}: {results.percent(cell.accuracy)}, and {most_frequent}"

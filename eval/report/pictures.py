@@ -49,9 +49,8 @@ def against_parameters(summary: Summary) -> Any:
             row = record.rows[series]
             average = summary.average(model, row)
             if average:
-                style = {"linestyle": "none", "markersize": 6}
-                errors = [100 * (average.deviation or 0.0)]
-                figures.draw_errors(axes, [parameters], [100 * average.accuracy], errors, series, row, **style)
+                point = ([parameters], [100 * average.accuracy], [100 * (average.deviation or 0.0)])
+                figures.draw_errors(axes, *point, series, row, linestyle="none", markersize=6)
         axes.set_xscale("log")
         axes.set_xlabel("trainable parameters")
         axes.set_title(model, fontsize=9)

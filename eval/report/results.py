@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from .comparisons import Comparison
@@ -12,6 +13,12 @@ from .tables import Bold, Table
 
 # What follows a number, and what stands where there is none.
 COLLAPSED, DIVERGED, LOWEST, HIGHEST, NONE = "†", "‡", "↓", "↑", "-"
+MARKS = (
+    f"{COLLAPSED}: a seed collapsed; its accuracy is not above that of giving the most frequent answer of the test set "
+    f"to everything. {DIVERGED}: a seed diverged, which counts as an accuracy of 0. (n/m): the mean of the n of m seeds "
+    f"that have a result. {NONE}: no result. An average needs all seeds of all tasks. Differences are those of the "
+    "unrounded values."
+)
 
 
 def percent(value: float | None) -> str:
@@ -56,7 +63,7 @@ def accuracy_table(summary: Summary) -> Table:
         cells += [points(average.delta if average else None) for _ in delta]
         rows.append(cells)
     minus_sft = f", and its difference to {summary.sft} in points" if summary.sft else ""
-    return Table("accuracy", f"Accuracy in percent, mean over seeds{minus_sft}.", header, rows)
+    return Table("accuracy", f"Accuracy in percent, mean over seeds{minus_sft}. {MARKS}", header, rows)
 
 
 def deviation_table(summary: Summary) -> Table:
@@ -86,17 +93,17 @@ def rate_table(summary: Summary) -> Table:
 
 def comparison_table(reference: str, comparisons: Sequence[Comparison]) -> Table:
     """All other rows against a reference."""
-    rows, before = [], None
+    rows, before = [], ("", "")
     for found in comparisons:
-        difference = points(found.difference)
-        cells = [found.model if found.model != before else "", found.task, found.row, str(len(found.seeds))]
-        cells += [Bold(difference) if found.beyond_noise else difference]
+        difference, group = points(found.difference), (found.model, found.task)
+        cells = [found.model if found.model != before[0] else "", found.task if group != before else "", found.row]
+        cells += [str(len(found.seeds)), Bold(difference) if found.beyond_noise else difference]
         cells += [_interval(interval) for interval in (found.over_examples, found.over_seeds)]
         rows.append([*cells, f"{found.p_value:.2g}", f"{found.corrected:.2g}"])
-        before = found.model
+        before = group
     header = ["Model", "Task", "Method", "Seeds", "Difference", "95%, examples", "95%, seeds", "p", "p, Holm"]
     caption = f"Differences to {reference} on the same examples, in points."
-    name = "against-" + "-".join("".join(c if c.isalnum() else " " for c in reference.lower()).split())
+    name = "-".join(re.findall(r"[a-z0-9]+", f"against {reference}".lower()))
     return Table(name, caption, header, rows, left=3)
 
 

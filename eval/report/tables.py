@@ -51,8 +51,8 @@ class Table:
     left: int = 2
 
     def markdown(self) -> str:
-        cells = [[_markdown(cell) for cell in row] for row in self.rows]
-        return markdown_table([_markdown(cell) for cell in self.header], cells, self.left)
+        cells = [[markdown(cell) for cell in row] for row in self.rows]
+        return markdown_table([markdown(cell) for cell in self.header], cells, self.left)
 
     def latex(self) -> str:
         """A `table` with the rules of the package booktabs, and one above each group."""
@@ -78,6 +78,7 @@ def latex(text: str) -> str:
     return rf"\textbf{{{escaped}}}" if isinstance(text, Bold) else escaped
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
+    """Text for Markdown, in which nothing is markup."""
     escaped = _MARKDOWN.sub(r"\\\1", text)
     return f"**{escaped}**" if isinstance(text, Bold) else escaped
