@@ -12,11 +12,11 @@ from .tables import Table, markdown
 
 REPORT, LATEX, RUNS = "report.md", "tables.tex", "runs.csv"
 TESTS = (
-    "Both sides answer the same examples with the same seeds. A difference in bold is beyond noise: p is below "
-    f"{comparisons.LEVEL} after Holm's correction, and the interval over seeds does not contain 0. p is that of the "
-    "exact sign-flip test over examples, two-sided; with one seed, this is the exact McNemar test. The correction is "
-    "over all comparisons with the same reference. Intervals: over examples, a paired bootstrap with these seeds; "
-    "over seeds, Student's t with these examples."
+    "Both sides answer the same examples with the same seeds: those that both have and in which not both diverged. A "
+    f"difference in bold is beyond noise: p is below {comparisons.LEVEL} after Holm's correction, and the interval over "
+    "seeds does not contain 0. p is that of the exact sign-flip test over examples, two-sided; with one seed, this is "
+    "the exact McNemar test. The correction is over all comparisons with the same reference. Intervals: over examples, "
+    "a paired bootstrap with these seeds; over seeds, Student's t with these examples."
 )
 RATES = (
     f"The rate with the best validation accuracy. {results.LOWEST} or {results.HIGHEST}: it is the lowest or the "
@@ -31,8 +31,9 @@ RATE_PICTURES = (
     "diverged. Rings: the rate of the test stage."
 )
 PAPER = (
-    f"Accuracies are those of the paper, differences are recomputed from them. {published.WRONG} The printed one, in "
-    "parentheses, does not follow from the printed accuracies, and rounding does not explain it."
+    f"Accuracies are those of the paper, and differences are recomputed from them. {published.WRONG}: the printed "
+    "difference does not follow from the printed accuracies, and rounding does not explain it; it stands in "
+    "parentheses in the paper's tables. In Table 4: not the accuracy of the same method in Table 1."
 )
 
 
@@ -109,6 +110,9 @@ def _introduction(record: Record) -> str:
 
 def _sections(summary: Summary, drawn: Sequence[str], paper: bool) -> Iterator[Section]:
     record = summary.record
+    if not record.tasks:
+        yield Section("Results", f"No task of this study is evaluated. [{RUNS}]({RUNS}) has its runs.")
+        return
 
     def named(start: str) -> list[str]:
         return [name for name in drawn if name.startswith(start)]

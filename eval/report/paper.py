@@ -77,7 +77,8 @@ TABLE_3 = (
     ("ReFT, 4 layers", 0.004, 9.50, 0.49),
 )
 # Table 4: accuracies. The adapter's rank is chosen for about as many parameters as LoRA has.
-TABLE_4_METHODS = ("SFT", "LoRA r=16", "LoRA r=8", "Adapter", "Joint", "Joint-Orth")
+LORA_16, LORA_8, ADAPTER, JOINT, JOINT_ORTH = "LoRA r=16", "LoRA r=8", "Adapter", "Joint", "Joint-Orth"
+TABLE_4_METHODS = (SFT, LORA_16, LORA_8, ADAPTER, JOINT, JOINT_ORTH)
 TABLE_4 = {
     ("Llama-3.2-1B", "gsm8k"): (32.2, 31.2, 31.8, 31.3, 31.1, 31.1),
     ("Llama-3.2-1B", "boolq"): (88.2, 88.4, 84.7, 86.2, 88.4, 88.5),
@@ -93,11 +94,11 @@ TABLE_4 = {
 
 class Published(NamedTuple):
     """
-    An accuracy of Table 1 or 2, in percent.
+    An accuracy of Table 1, 2 or 4, in percent.
 
     Attributes:
         accuracy (`float`): As printed.
-        delta (`float`): The difference to SFT in points, as printed.
+        delta (`float`): The difference to SFT in points, as printed. Table 4 has none: the recomputed one.
         recomputed (`float`): The difference of the printed accuracies.
     """
 
@@ -171,3 +172,24 @@ def wrong_differences() -> Iterator[tuple[int, str, str, str, Published]]:
                 for task, score in row.scores.items():
                     if score.wrong:
                         yield number, model, method, task, score
+
+
+def published(model: str, method: str, task: str) -> Published | None:
+    """The numbers of Tables 1 and 2, or else those of Table 4."""
+    row = (TABLE_1[model] | TABLE_2[model]).get(method)
+    if row is not None:
+        return row.scores[task]
+    accuracies = dict(zip(TABLE_4_METHODS, TABLE_4.get((model, task), ()), strict=False))
+    if method not in accuracies:
+        return None
+    delta = round(accuracies[method] - accuracies[SFT], 1)
+    return Published(accuracies[method], delta, delta)
+
+
+def contradicted(model: str, method: str, task: str) -> bool:
+    """Whether Table 4 has another accuracy than Table 1 for the same method."""
+    same = {SFT: SFT, LORA_8: LORA}.get(method)
+    if same is None:
+        return False
+    here = TABLE_4[model, task][TABLE_4_METHODS.index(method)]
+    return here != TABLE_1[model][same].scores[task].accuracy

@@ -38,9 +38,9 @@ def against_parameters(summary: Summary) -> Any:
     points: dict[str, dict[int, float]] = {}
     for model in record.models:
         for series, row in enumerate(record.rows):
-            parameters = summary.trained(model, row, "trainable_parameters")
-            if summary.average(model, row) and parameters:
-                points.setdefault(model, {})[series] = parameters[-1]
+            found = summary.trained(model, row, "trainable_parameters")
+            if summary.average(model, row) and found:
+                points.setdefault(model, {})[series] = found[-1]
     if not points:
         return None
     figure, panels = figures.new_row(len(points), 4.2 * len(points) + 2, 3.8, sharey=True)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from . import paper
 from .records import Record
-from .results import percent, points
+from .results import NONE, percent, points
 from .summary import Summary
 from .tables import Table
 
 WRONG = "*"
+_WITH_RANKS = {
+    "low_rank": {8: paper.OURS, 1: paper.RANK_1, 64: paper.ADAPTER},
+    "lora": {8: paper.LORA, 16: paper.LORA_16},
+    "loreft": {8: paper.REFT},
+}
+_OTHERS = {
+    "full": paper.SFT,
+    "vector": paper.VECTOR,
+    "lofit": paper.LOFIT,
+    "jola": paper.JOLA,
+    "joint": paper.JOINT,
+    "joint_orth": paper.JOINT_ORTH,
+}
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -18,14 +31,12 @@ def tables(summary: Summary) -> list[Table]:
 
 
 def method_of(record: Record, row: str) -> str | None:
-    """What the paper's Tables 1 and 2 call the method of a row, or `None` if it is not there."""
+    """What the paper's Tables 1, 2 and 4 call the method of a row, or `None` if it is not there."""
     method, r = record.setting(row, "method"), record.setting(row, "r")
     linear = record.setting(row, "steering", "activation") is None
-    if method == "low_rank" and linear:
-        return {8: paper.OURS, 1: paper.RANK_1}.get(r)
-    if method in ("lora", "loreft"):
-        return {"lora": paper.LORA, "loreft": paper.REFT}[method] if r == 8 else None
-    return {"full": paper.SFT, "vector": paper.VECTOR, "lofit": paper.LOFIT, "jola": paper.JOLA}.get(method)
+    if method in _WITH_RANKS:
+        return _WITH_RANKS[method].get(r) if linear else None
+    return _OTHERS.get(method)
 
 
 def _beside(summary: Summary) -> Table:
@@ -38,18 +49,21 @@ def _beside(summary: Summary) -> Table:
                 continue
             ours = []
             for model in record.models:
-                delta = f" ({points(summary.delta(model, row, task))})" if summary.sft else ""
-                ours.append(f"{percent(summary.score(model, row, task).mean)}{delta}")
+                delta = summary.delta(model, row, task)
+                of_sft = "" if delta is None else f" ({points(delta)})"
+                ours.append(percent(summary.score(model, row, task).mean) + of_sft)
             theirs = [_published(model, method, task) for model in paper.MODELS]
             rows.append([task if first else "", row, *ours, *theirs])
             first = False
     header = ["Task", "Method", *record.models, *(f"{model} (paper)" for model in paper.MODELS)]
-    caption = "Accuracies in percent, and differences to SFT in points, beside the paper's Tables 1 and 2."
+    caption = "Accuracies in percent, and differences to SFT in points, beside the paper's Tables 1, 2 and 4."
     return Table("beside-the-paper", caption, header, rows)
 
 
 def _published(model: str, method: str, task: str) -> str:
-    score = (paper.TABLE_1[model] | paper.TABLE_2[model])[method].scores[task]
+    score = paper.published(model, method, task)
+    if score is None:
+        return NONE
     return f"{score.accuracy:.1f} ({_delta(score.recomputed)}{WRONG if score.wrong else ''})"
 
 
@@ -82,7 +96,10 @@ def _win_rates() -> Table:
 def _joint() -> Table:
     rows, before = [], None
     for (model, task), accuracies in paper.TABLE_4.items():
-        cells = [f"{accuracy:.1f}" for accuracy in accuracies]
+        cells = [
+            f"{accuracy:.1f}{WRONG if paper.contradicted(model, method, task) else ''}"
+            for method, accuracy in zip(paper.TABLE_4_METHODS, accuracies, strict=True)
+        ]
         rows.append([model if model != before else "", paper.TASKS[task], *cells])
         before = model
     caption = "The paper's Table 4: accuracy in percent."

@@ -14,10 +14,10 @@ from .tables import Bold, Table
 # What follows a number, and what stands where there is none.
 COLLAPSED, DIVERGED, LOWEST, HIGHEST, NONE = "†", "‡", "↓", "↑", "-"
 MARKS = (
-    f"{COLLAPSED}: a seed collapsed; its accuracy is not above that of giving the most frequent answer of the test set "
-    f"to everything. {DIVERGED}: a seed diverged, which counts as an accuracy of 0. (n/m): the mean of the n of m seeds "
-    f"that have a result. {NONE}: no result. An average needs all seeds of all tasks. Differences are those of the "
-    "unrounded values."
+    f"{COLLAPSED}: a seed collapsed; its accuracy is not above that of giving the most frequent answer of the test "
+    f"set to everything. {DIVERGED}: a seed diverged, which counts as an accuracy of 0. (n/m): the mean of the n of m "
+    f"seeds that have a result. {NONE}: no result. A difference needs all seeds of both rows, and an average those "
+    "of all tasks. Differences are those of unrounded values."
 )
 
 

@@ -106,11 +106,12 @@ class Summary:
         ]
 
     def delta(self, model: str, row: str, task: str) -> float | None:
-        """The difference of the mean accuracy to that of SFT."""
+        """The difference of the mean accuracy to that of SFT. `None` if a seed of either has no result."""
         if self.sft is None:
             return None
-        ours, theirs = (self.score(model, name, task).mean for name in (row, self.sft))
-        return None if ours is None or theirs is None else ours - theirs
+        ours, theirs = (self.score(model, name, task) for name in (row, self.sft))
+        both = ours.complete and theirs.complete
+        return (ours.mean or 0.0) - (theirs.mean or 0.0) if both else None
 
     def average(self, model: str, row: str) -> Average | None:
         scores = [self.score(model, row, task) for task in self.tasks(model)]
