@@ -129,14 +129,13 @@ def exact_sign_flip(differences: Sequence[int]) -> float:
         differences (`Sequence[int]`): The difference of each pair.
     """
     import numpy as np
-    from scipy.stats import binom
 
     sizes = Counter(abs(value) for value in differences if value)
     # The probability of each sum from -total to total. Only every second one is possible, or fewer.
     probabilities = np.ones(1)
     for size, count in sorted(sizes.items()):
         of_size = np.zeros(2 * size * count + 1)
-        of_size[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        of_size[:: 2 * size] = _fair_coins(count)
         probabilities = np.convolve(probabilities, of_size)
     total = sum(size * count for size, count in sizes.items())
     observed = abs(sum(differences))
@@ -162,6 +161,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
+
+
+def _fair_coins(count: int) -> list[float]:
+    """The probabilities of 0 to `count` heads, rounded only once, so that simple fractions are exact."""
+    found, ways = [], 1
+    for heads in range(count + 1):
+        found.append(ways / 2**count)
+        ways = ways * (count - heads) // (heads + 1)
+    return found
 
 
 def _check_counts(hits: int, total: int) -> None:

@@ -13,10 +13,10 @@ from .tables import Table, markdown
 REPORT, LATEX, RUNS = "report.md", "tables.tex", "runs.csv"
 TESTS = (
     "Both sides answer the same examples with the same seeds: those that both have and in which not both diverged. A "
-    f"difference in bold is beyond noise: p is below {comparisons.LEVEL} after Holm's correction, and the interval over "
-    "seeds does not contain 0. p is that of the exact sign-flip test over examples, two-sided; with one seed, this is "
-    "the exact McNemar test. The correction is over all comparisons with the same reference. Intervals: over examples, "
-    "a paired bootstrap with these seeds; over seeds, Student's t with these examples."
+    f"difference in bold is beyond noise: p is below {comparisons.LEVEL} after Holm's correction, and the interval "
+    "over seeds does not contain 0. p is that of the exact sign-flip test over examples, two-sided; with one seed, "
+    "this is the exact McNemar test. The correction is over all comparisons with the same reference. Intervals: over "
+    "examples, a paired bootstrap with these seeds; over seeds, Student's t with these examples."
 )
 RATES = (
     f"The rate with the best validation accuracy. {results.LOWEST} or {results.HIGHEST}: it is the lowest or the "
