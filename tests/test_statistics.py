@@ -1,5 +1,6 @@
 """Intervals and tests against the textbook's formulas, written out here."""
 
+import gc
 import itertools
 import math
 import statistics
@@ -7,8 +8,9 @@ import statistics
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
 
 from trl_steer.statistics import (
     binomial_standard_error,
@@ -153,11 +155,17 @@ def test_sign_flips_of_a_large_test_set_are_fast_and_keep_small_p_values():
     assert exact_sign_flip([]) == 1.0
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-@settings(deadline=None)
-def test_holms_correction_agrees_with_statsmodels(p_values):
-    from statsmodels.stats.multitest import multipletests
+@pytest.fixture
+def frozen():
+    """statsmodels collects garbage in each call, which takes long with many modules loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_holms_correction_agrees_with_statsmodels(frozen, p_values):
     assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]), abs=1e-12)
 
 

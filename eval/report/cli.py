@@ -54,8 +54,7 @@ def report(folder: Path, output: Path | None = None, paper: bool = False, overwr
         RunError: A run is damaged, or runs to be compared were evaluated on different examples.
         FileExistsError: `output` has other files, or a report that is not to be replaced.
     """
-    require("analysis", "matplotlib")
-    require("eval", "scipy")
+    require("reproduce", "matplotlib", "scipy")
     from . import document, records
 
     output = folder / "report" if output is None else output
