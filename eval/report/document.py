@@ -19,8 +19,8 @@ TESTS = (
     "examples, a paired bootstrap with these seeds; over seeds, Student's t with these examples."
 )
 RATES = (
-    f"The rate with the best validation accuracy. {results.LOWEST} or {results.HIGHEST}: it is the lowest or the "
-    "highest one of its grid, so that a better one may be outside."
+    "Of several rates, that with the best validation accuracy. "
+    f"{results.LOWEST} or {results.HIGHEST}: the lowest or the highest one of its grid; a better one may be outside."
 )
 PARAMETER_PICTURE = (
     "Error bars: standard deviation over seeds of the average over tasks. Points with about as many parameters are "

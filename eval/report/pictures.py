@@ -51,7 +51,7 @@ def against_parameters(summary: Summary) -> Any:
             if average:
                 point = ([parameters], [100 * average.accuracy], [100 * (average.deviation or 0.0)])
                 figures.draw_errors(axes, *point, series, row, linestyle="none", markersize=6)
-        axes.set_xscale("log")
+        _count_axis(axes, max(of_model.values()) / min(of_model.values()))
         axes.set_xlabel("trainable parameters")
         axes.set_title(model, fontsize=9)
     tasks = len(record.tasks)
@@ -114,6 +114,16 @@ def against_rate(record: Record, task: str) -> Any:
     figure.supylabel(f"{task}, validation accuracy (%)", fontsize=9)
     figures.legend_beside(figure, panels[: len(rows)])
     return figure
+
+
+def _count_axis(axes: Any, ratio: float) -> None:
+    """A logarithmic axis of counts, such as 20k, which span this ratio."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 100 else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _spread(values: dict[int, float], nearest: float = 1.18) -> dict[int, float]:

@@ -48,12 +48,12 @@ def rate(value: float) -> str:
 
 def accuracy_table(summary: Summary) -> Table:
     """Mean accuracies and their differences to SFT, as in the paper's Tables 1 and 2."""
-    tasks, delta = summary.record.tasks, ["Δ"] if summary.sft else []
-    header = ["Model", "Method", "Trainable", *(name for task in (*tasks, "Avg.") for name in (task, *delta))]
+    record, delta = summary.record, ["Δ"] if summary.sft else []
+    header = ["Model", "Method", "Trainable", *(name for task in _columns(record) for name in (task, *delta))]
     rows = []
-    for model, row, first in _groups(summary.record):
+    for model, row, first in _groups(record):
         cells = [model if first else "", row, trainable(summary.trained(model, row, "trainable_share"))]
-        for task in tasks:
+        for task in record.tasks:
             cells += [
                 _score(summary.score(model, row, task)),
                 *(points(summary.delta(model, row, task)) for _ in delta),
@@ -61,20 +61,20 @@ def accuracy_table(summary: Summary) -> Table:
         average = summary.average(model, row)
         cells += [percent(average.accuracy if average else None)]
         cells += [points(average.delta if average else None) for _ in delta]
-        rows.append(cells)
+        rows.append(cells[: len(header)])
     minus_sft = f", and its difference to {summary.sft} in points" if summary.sft else ""
     return Table("accuracy", f"Accuracy in percent, mean over seeds{minus_sft}. {MARKS}", header, rows)
 
 
 def deviation_table(summary: Summary) -> Table:
     """Standard deviations over seeds, as in the paper's appendix F.3."""
-    tasks, rows = summary.record.tasks, []
-    for model, row, first in _groups(summary.record):
-        scores = [summary.score(model, row, task) for task in tasks]
+    record, rows = summary.record, []
+    header = ["Model", "Method", *_columns(record)]
+    for model, row, first in _groups(record):
+        scores = [summary.score(model, row, task) for task in record.tasks]
         average = summary.average(model, row)
         deviations = [*(score.deviation for score in scores), average.deviation if average else None]
-        rows.append([model if first else "", row, *map(percent, deviations)])
-    header = ["Model", "Method", *tasks, "Avg."]
+        rows.append([model if first else "", row, *map(percent, deviations)][: len(header)])
     return Table("deviation", "Standard deviation of the accuracy over seeds, in points.", header, rows)
 
 
@@ -105,6 +105,11 @@ def comparison_table(reference: str, comparisons: Sequence[Comparison]) -> Table
     caption = f"Differences to {reference} on the same examples, in points."
     name = "-".join(re.findall(r"[a-z0-9]+", f"against {reference}".lower()))
     return Table(name, caption, header, rows, left=3)
+
+
+def _columns(record: Record) -> list[str]:
+    """The tasks, and the average if there are several."""
+    return [*record.tasks, *(["Avg."] if len(record.tasks) > 1 else [])]
 
 
 def _groups(record: Record) -> list[tuple[str, str, bool]]:

@@ -93,8 +93,8 @@ class Summary:
 
     @property
     def references(self) -> list[str]:
-        """The rows that all others are compared with."""
-        return [*self.record.with_method(SFT), *self.record.with_method(LORA)]
+        """The rows that all others are compared with: full fine-tuning and LoRA, or the first one without them."""
+        return [*self.record.with_method(SFT), *self.record.with_method(LORA)] or [*self.record.rows[:1]]
 
     def score(self, model: str, row: str, task: str) -> Score:
         return self._scores[model, row, task]

@@ -35,6 +35,9 @@ def test_accuracy_against_parameters(summary):
     assert (small.get_title(), big.get_title()) == ("Small", "Big")
     assert (small.get_xlabel(), small.get_xscale()) == ("trainable parameters", "log")
     assert small.get_ylabel() == "accuracy (%), average over 2 tasks"
+    figure.draw_without_rendering()
+    shown = [tick.get_text() for tick in small.get_xticklabels()]
+    assert {"10k", "100k", "1M"} <= set(shown)
     points = drawn(small)
     assert list(points) == ["r=8", "r=8 silu", "LoRA r=8", "LoRA r=8, all", "SFT"]  # complete rows, by size
     # The average of 80.0 and 50.0; that of the two seeds is 65.0 and 60.0.
