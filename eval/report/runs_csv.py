@@ -12,7 +12,7 @@ from .records import Cell, Record
 
 RESULT = (
     *("stage", "model", "task", "method", "rate", "seed", "state", "accuracy", "examples", "majority", "collapsed"),
-    *("trainable_parameters", "trainable_share", "steps", "tokens", "final_loss", "reason"),
+    *("trainable_parameters", "trainable_share", "steps", "tokens", "last_loss", "reason"),
 )
 # They depend on the machine, and are the only ones that do.
 MACHINE = ("attempts", "seconds", "tokens_per_second", "peak_memory_bytes")
@@ -40,7 +40,7 @@ def _results(cell: Cell) -> dict[str, Any]:
         "examples": len(cell.examples) or None,
         "majority": cell.majority,
         "collapsed": cell.collapsed if cell.examples else None,
-        "final_loss": losses[-1] if losses else None,
+        "last_loss": losses[-1] if losses else None,
         "attempts": cell.attempts or None,
     }
     return {name: "" if value is None else value for name, value in values.items()}
