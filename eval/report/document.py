@@ -89,7 +89,7 @@ def files(record: Record, paper: bool) -> dict[str, bytes]:
         REPORT: "\n\n".join(
             [f"# {markdown(record.title)}", _introduction(record), *(part.markdown() for part in sections)]
         ),
-        LATEX: "\n\n".join([r"% Needs \usepackage{booktabs}.", *tables]),
+        LATEX: "\n\n".join([r"% Needs \usepackage{booktabs,graphicx}.", *tables]),
         RUNS: runs_csv.write(record).rstrip("\n"),
     }
     return {name: f"{text}\n".encode() for name, text in texts.items()} | drawn

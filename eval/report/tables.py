@@ -55,13 +55,14 @@ class Table:
         return markdown_table([markdown(cell) for cell in self.header], cells, self.left)
 
     def latex(self) -> str:
-        """A `table` with the rules of the package booktabs, and one above each group."""
+        """A `table` with the rules of booktabs, and one above each group. graphicx shrinks it if it is too wide."""
         columns = "l" * self.left + "r" * (len(self.header) - self.left)
         lines = [
             r"\begin{table}[t]",
             r"\centering\small",
             rf"\caption{{{latex(self.caption)}}}",
             rf"\label{{tab:{self.name}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             rf"{' & '.join(map(latex, self.header))} \\",
@@ -69,7 +70,7 @@ class Table:
         for number, row in enumerate(self.rows):
             lines += [r"\midrule"] if number == 0 or row[0] else []
             lines.append(rf"{' & '.join(map(latex, row))} \\")
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"])
 
 
 def latex(text: str) -> str:

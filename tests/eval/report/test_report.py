@@ -237,7 +237,7 @@ def test_a_failed_or_unfinished_run_is_not_a_result_and_all_are_counted(text):
 
 def test_latex_has_the_same_numbers(written, text):
     tex = written["tables.tex"].decode()
-    found = re.findall(r"\\caption\{(.*)\}\n.*\n.*\n\\toprule\n(.*) \\\\\n([\s\S]*?)\\bottomrule", tex)
+    found = re.findall(r"\\caption\{(.*)\}\n(?:.*\n){3}\\toprule\n(.*) \\\\\n([\s\S]*?)\\bottomrule", tex)
     assert tex.count(r"\begin{table}") == len(found) == len(re.findall(r"^\| --- ", text, re.MULTILINE))
     tables = re.findall(r"((?:^\|.*\n)+)", text, re.MULTILINE)
     for (_, header, body), of_markdown in zip(found, tables, strict=True):
@@ -371,6 +371,30 @@ def test_report_without_full_fine_tuning_has_no_differences_to_it(tmp_path):
     assert "The paper" not in text
 
 
+def test_report_without_full_fine_tuning_and_lora_compares_with_the_first_row(tmp_path):
+    contents = {**studies.SMALL, "rows": studies.SMALL["rows"][3:]}
+    folder = studies.write(tmp_path / "study", contents, studies.small_outcome, studies.TARGETS)
+    assert cli.main(["report", str(folder)]) == 0
+    text = (folder / "report" / "report.md").read_text()
+    _, rows = table(text, "Differences to r=1 on the same examples, in points.")
+    assert {row[2] for row in rows} == {"r=8", "r=8 silu", "vector"}
+    assert text.count("Differences to ") == 1
+
+
+def test_a_single_task_has_no_average(tmp_path):
+    contents = {**studies.SMALL, "tasks": ["boolq"]}
+    folder = studies.write(
+        tmp_path / "study", contents, studies.small_outcome, studies.TARGETS, studies.small_training
+    )
+    assert cli.main(["report", str(folder)]) == 0
+    text = (folder / "report" / "report.md").read_text()
+    header, rows = table(text, "Accuracy in percent")
+    assert header == ["Model", "Method", "Trainable", "boolq", "Δ"]
+    assert rows[1] == ["Small", "LoRA r=8", "2%", "73.3", "-6.7"]
+    header, rows = table(text, "Standard deviation")
+    assert (header, rows[0]) == (["Model", "Method", "boolq"], ["Small", "SFT", "10.0"])
+
+
 def test_report_of_a_study_without_an_evaluated_task(tmp_path):
     contents = {**studies.SMALL, "tasks": ["alpaca"], "rows": [{"name": "SFT", "method": "full", "rates": [1e-5]}]}
     folder = studies.write(tmp_path / "study", contents, lambda cell: None, studies.TARGETS)
@@ -460,6 +484,8 @@ def test_a_report_is_only_replaced_if_asked_and_other_files_never_are(study, wri
     (line,) = failure(capsys, study, "--output", output, "--overwrite")
     assert "is not only a report" in line
     assert (output / "notes.md").read_text() == "mine"
+    (line,) = failure(capsys, study, "--output", output / "notes.md", "--overwrite")
+    assert "is not only a report" in line
     (line,) = failure(capsys, study, "--output", study, "--overwrite")
     assert "is not only a report" in line
     assert (study / "study.yaml").is_file()

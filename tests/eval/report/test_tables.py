@@ -26,6 +26,7 @@ def test_latex_has_the_rules_of_booktabs_and_one_above_each_group():
         r"\centering\small",
         r"\caption{In \%.}",
         r"\label{tab:t}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         r"\begin{tabular}{llr}",
         r"\toprule",
         r"Model & Row & $\Delta$ \\",
@@ -35,7 +36,7 @@ def test_latex_has_the_rules_of_booktabs_and_one_above_each_group():
         r"\midrule",
         r"B & $^*$ & - \\",
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
         r"\end{table}",
     ]
 
