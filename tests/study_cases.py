@@ -40,7 +40,7 @@ def finish(folder: Path, cell: Cell, accuracy: float, seconds: float = 1.0) -> R
     run = Run(folder / results.CELLS / cell.key)
     write_json(run.folder / "settings.json", cell.settings.to_dict())
     write_json(run.folder / "training.json", {"seconds": seconds})
-    run.adapter.mkdir()
+    run.adapter.mkdir(exist_ok=True)
     write_json(run.scores_file(str(cell.settings.task)), {"accuracy": accuracy, "seconds": seconds, "examples": []})
     return run
 

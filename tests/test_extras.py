@@ -20,7 +20,15 @@ from trl_steer.eval.analysis.cli import MEASURES
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 FOLDERS = {"trl_steer.eval": "eval", "trl_steer.integrations": "integrations", "trl_steer": "trl_steer"}
 # The extra that each command is documented with; the others do with what the package itself requires.
-EXTRAS = {"demo": "demo", "analyze": "analysis", "compare": "eval", "lm-eval": "eval", "alpaca-eval": "alpaca"}
+EXTRAS = {
+    "demo": "demo",
+    "analyze": "analysis",
+    "compare": "eval",
+    "reproduce": "cluster",
+    "find-lr": "reproduce",
+    "lm-eval": "eval",
+    "alpaca-eval": "alpaca",
+}
 # Packages whose absence is no error: without Triton, which PyTorch's builds for GPUs bring, other operators are used.
 OPTIONAL = {"triton"}
 # Entry points of a module that also has one of a command with an extra.
