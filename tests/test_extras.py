@@ -25,6 +25,8 @@ EXTRAS = {
     "analyze": "analysis",
     "compare": "eval",
     "report": "reproduce",
+    "reproduce": "cluster",
+    "find-lr": "reproduce",
     "lm-eval": "eval",
     "alpaca-eval": "alpaca",
 }

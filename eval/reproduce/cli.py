@@ -48,7 +48,7 @@ def _reproduce(argv: Sequence[str], prog: str) -> int:
     require("eval", "lm_eval")
     console = Console()
     try:
-        found = reproduce(study, folder, _engine(args, folder.resolve()), console)
+        found = reproduce(study, folder, _engine(args, folder.resolve()), console, args.take)
     except KeyboardInterrupt:
         console.close()
         print(f"\n{prog}: stopped. The same command continues from there.", file=sys.stderr)
@@ -139,6 +139,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these seeds instead of the study's")
     parser.add_argument(
         "--default-rates", action="store_true", help="use the learning rate of the preset for each row (default: off)"
+    )
+    parser.add_argument(
+        "--take",
+        type=Path,
+        metavar="DIR",
+        help="copy the finished runs in DIR, such as demo-run, that have the settings of a run of the study",
     )
     parser.add_argument(
         "--tiny",

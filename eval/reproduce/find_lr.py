@@ -81,11 +81,11 @@ def _score(settings: Settings, run: runs.Run, trial: Any, console: Console) -> f
     """The accuracy on validation. Stops training early if the pruner says so, or if it diverges."""
     import optuna
 
-    from trl_steer.trainers.callbacks import TrainingDivergedError
-
     try:
         runs.make(settings, run.folder, report=_Reporting(trial, console))
     except runs.RunError as error:
+        from trl_steer.trainers.callbacks import TrainingDivergedError
+
         if not isinstance(error.__cause__, optuna.TrialPruned | TrainingDivergedError):
             raise
         diverged = isinstance(error.__cause__, TrainingDivergedError)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ class LocalEngine:
     def __enter__(self) -> "LocalEngine":
         if not self.gpus:
             self._context.set_forkserver_preload(_PRELOADED)
+            with output_to(self.folder / LOG):
+                forkserver.ensure_running()
         return self
 
     def __exit__(self, *_: object) -> None:

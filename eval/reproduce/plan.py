@@ -78,7 +78,8 @@ def trainable(settings: Settings) -> Trainable:
     base, adapter = model.num_parameters(), peft_config(settings)
     if adapter is None:
         return Trainable(base, 1.0)
-    parameters = get_peft_model(model, adapter).get_nb_trainable_parameters()[0]
+    steered = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    parameters = steered.get_nb_trainable_parameters()[0]
     return Trainable(parameters, parameters / base)
 
 

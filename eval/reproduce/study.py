@@ -113,8 +113,13 @@ class Cell(NamedTuple):
     @property
     def key(self) -> str:
         """The name of its folder: a hash of its settings."""
-        text = json.dumps(self.settings.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return key_of(self.settings.to_dict())
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """The name of the folder of a cell, by the contents of its `settings.json`."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,11 @@ def next_rate(done: Mapping[float, float | None], start: float) -> float | None:
     for step in sorted(range(-SPAN, SPAN + 1), key=abs):
         if _rate(start, step) not in done:
             return _rate(start, step)
-    scores = {rate: score for rate, score in done.items() if score is not None}
-    if not scores or len({*scores.values()}) == 1:
+    finished = _finished(done)
+    if _is_flat(finished):
         return None
-    best = max(scores, key=lambda rate: (scores[rate], -rate))
+    # Where all diverged, lower ones may not.
+    best = max(finished, key=lambda rate: (finished[rate], -rate), default=min(done))
     step = round(math.log10(best / start) * PER_DECADE)
     beyond = step + (1 if best == max(done) else -1 if best == min(done) else 0)
     return _rate(start, beyond) if beyond != step and abs(beyond) <= LIMIT else None
@@ -108,9 +109,8 @@ def recommend(scores: Mapping[float, float | None], noise: float = 0.0) -> Recom
     Raises:
         ValueError: All rates score the same, or none was finished.
     """
-    rates = sorted(scores)
-    finished = {rate: score for rate, score in scores.items() if score is not None}
-    if len({*finished.values()}) < 2:
+    rates, finished = sorted(scores), _finished(scores)
+    if not finished or _is_flat(finished):
         raise ValueError(
             f"None of the learning rates from {rates[0]:g} to {rates[-1]:g} scores better than another. Train for "
             "more steps, or evaluate on more examples."
@@ -138,7 +138,7 @@ def figure(scores: Mapping[float, float | None], found: Recommendation, label: s
         label (`str`): Name and unit of the score.
     """
     drawn, axes = figures.new_figure()
-    finished = {rate: score for rate, score in scores.items() if score is not None}
+    finished = _finished(scores)
     stopped = [rate for rate, score in scores.items() if score is None]
     axes.axvspan(found.low, found.high, color=figures.COLOURS[5], alpha=0.2, linewidth=0, label="plateau")
     figures.draw(axes, list(finished), list(finished.values()), 0, "finished")
@@ -151,6 +151,14 @@ def figure(scores: Mapping[float, float | None], found: Recommendation, label: s
     axes.set_ylabel(label)
     figures.legend_above(axes, 4)
     return drawn
+
+
+def _finished(scores: Mapping[float, float | None]) -> dict[float, float]:
+    return {rate: score for rate, score in scores.items() if score is not None}
+
+
+def _is_flat(finished: Mapping[float, float]) -> bool:
+    return len(finished) > 1 and len({*finished.values()}) == 1
 
 
 def _rate(start: float, step: int) -> float:

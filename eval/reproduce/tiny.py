@@ -22,7 +22,7 @@ TASK = Task(
 
 
 def shrink(study: Study, folder: Path) -> Study:
-    """All rows of a study on a tiny model and task, with two rates and two seeds.
+    """All rows of a study on a tiny model and task, with two rates and two seeds at most.
 
     Args:
         study (`Study`): The study.
@@ -34,7 +34,7 @@ def shrink(study: Study, folder: Path) -> Study:
             _save_model(partial)
     title = f"{study.title}, at a tiny size from random weights"
     rows = [_shrink_row(row) for row in study.rows]
-    return replace(study, title=title, models=[model], tasks=[TASK], rows=rows, seeds=(0, 1), guessed=())
+    return replace(study, title=title, models=[model], tasks=[TASK], rows=rows, seeds=study.seeds[:2], guessed=())
 
 
 def _shrink_row(row: Row) -> Row:
