@@ -137,14 +137,15 @@ def read(folder: Path) -> Record:
 
 def _cell(result: Result, folder: Path) -> Cell:
     planned, failure = result.cell, result.failure
-    settings = planned.settings.to_dict()
+    # Paths are relative, so that the same study gives the same report in another folder.
+    inside = f"{folder.resolve()}/"
+    settings = {**planned.settings.to_dict(), "model": planned.settings.model.removeprefix(inside)}
     found: dict[str, Any] = {}
     if result.run is not None:
         found = _finished(result.run, planned.settings.task)
     elif failure is not None:
-        # Without the path, so that the same study gives the same report in another folder.
-        reason = failure.reason.replace(f"{folder.resolve()}/", "")
-        found = {"state": "diverged" if failure.diverged else "failed", "reason": reason, "attempts": failure.attempts}
+        state = "diverged" if failure.diverged else "failed"
+        found = {"state": state, "reason": failure.reason.replace(inside, ""), "attempts": failure.attempts}
     names = (planned.stage, planned.model, planned.task, planned.row)
     return Cell(*names, planned.rate, planned.seed, settings=settings, **found)
 

@@ -335,15 +335,19 @@ def test_equal_studies_have_equal_reports_but_for_times(study, written, tmp_path
     assert before == after
 
 
-def test_reasons_do_not_name_the_folder_of_the_study(tmp_path):
+def test_report_does_not_name_the_folder_of_the_study(tmp_path):
+    """Nor does it if a model is in it, as with --tiny."""
+    model = {"name": str(tmp_path.resolve() / "study" / "tiny-model"), "label": "tiny"}
+
     def outcome(cell):
         folder = (tmp_path / "study").resolve()
         return studies.results.Failure(
             f"Out of memory (the traceback is in {folder}/running/{cell.key}/log)", 3, False
         )
 
-    folder = studies.write(tmp_path / "study", studies.SMALL, outcome, studies.TARGETS)
+    folder = studies.write(tmp_path / "study", {**studies.SMALL, "models": [model]}, outcome, studies.TARGETS)
     assert cli.main(["report", str(folder)]) == 0
+    assert ",tiny-model," in (folder / "report" / "runs.csv").read_text()
     for name in ("report.md", "runs.csv"):
         found = (folder / "report" / name).read_text()
         assert "the traceback is in running/" in found
