@@ -24,7 +24,7 @@ RATES = (
 )
 PARAMETER_PICTURE = (
     "Error bars: standard deviation over seeds of the average over tasks. Points with about as many parameters are "
-    "moved apart."
+    "moved apart. Rows without an average are left out."
 )
 RATE_PICTURES = (
     "Error bars: standard error over examples with one seed, standard deviation with several. Crosses: a run "

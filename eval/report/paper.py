@@ -142,6 +142,11 @@ class PublishedRow(NamedTuple):
 Table = dict[str, dict[str, PublishedRow]]
 
 
+def title(task: str) -> str:
+    """What the paper's tables call a benchmark. Others keep their names."""
+    return TASKS.get(task, task)
+
+
 def _read(text: str, sft: Table | None = None) -> Table:
     """By model and method."""
     table: Table = {}

@@ -9,13 +9,14 @@ from typing import Any
 from trl_steer.statistics import binomial_standard_error
 
 from ..analysis import figures
+from .paper import title
 from .records import Cell, Record
 from .results import rate as format_rate
 from .summary import Summary
 
 PARAMETERS, RANK, RATES = "parameters", "rank", "rates"  # how the names of the files begin
-PANEL = 3.2  # the sides of a panel in inches
-COLUMNS = 4
+PANEL = 3.6  # the sides of a panel in inches
+COLUMNS = 4  # of small panels
 
 
 def pictures(summary: Summary) -> dict[str, bytes]:
@@ -43,7 +44,7 @@ def against_parameters(summary: Summary) -> Any:
                 points.setdefault(model, {})[series] = found[-1]
     if not points:
         return None
-    figure, panels = figures.new_row(len(points), 4.2 * len(points) + 2, 3.8, sharey=True)
+    figure, panels = figures.new_row(len(points), PANEL * len(points) + 2, PANEL, sharey=True)
     for axes, (model, of_model) in zip(panels, points.items(), strict=True):
         for series, parameters in _spread(of_model).items():
             row = record.rows[series]
@@ -63,23 +64,20 @@ def against_parameters(summary: Summary) -> Any:
 def against_rank(summary: Summary, task: str) -> Any:
     """Accuracy on a task against the rank of low-rank steering, with and without nonlinearity, as in Figure 5."""
     record = summary.record
-    lines: dict[str, dict[int, str]] = {}
-    for row in record.with_method("low_rank"):
-        activation = record.setting(row, "steering", "activation") or "linear"
-        lines.setdefault(activation, {}).setdefault(record.setting(row, "r"), row)
+    lines = _rows_by_rank(record)
     models = [m for m in record.models if any(_line(summary, m, task, rows)[0] for rows in lines.values())]
     if not models or max(len(rows) for rows in lines.values()) < 2:
         return None
     figure, panels = figures.new_row(len(models), PANEL * len(models) + 1.2, PANEL, sharey=True)
     for axes, model in zip(panels, models, strict=True):
-        for series, (activation, rows) in enumerate(lines.items()):
-            figures.draw_errors(axes, *_line(summary, model, task, rows), series, activation)
+        for series, (name, rows) in enumerate(lines.items()):
+            figures.draw_errors(axes, *_line(summary, model, task, rows), series, name)
         ranks = sorted({rank for rows in lines.values() for rank in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_xlabel("rank")
         axes.set_title(model, fontsize=9)
-    panels[0].set_ylabel(f"{task}, accuracy (%)")
+    panels[0].set_ylabel(f"{title(task)}, accuracy (%)")
     figures.legend_beside(figure, panels)
     return figure
 
@@ -111,7 +109,7 @@ def against_rate(record: Record, task: str) -> Any:
     for axes in panels[len(rows) :]:
         axes.remove()
     figure.supxlabel("learning rate", fontsize=9)
-    figure.supylabel(f"{task}, validation accuracy (%)", fontsize=9)
+    figure.supylabel(f"{title(task)}, validation accuracy (%)", fontsize=9)
     figures.legend_beside(figure, panels[: len(rows)])
     return figure
 
@@ -137,6 +135,20 @@ def _spread(values: dict[int, float], nearest: float = 1.18) -> dict[int, float]
         for group in groups
         for place, name in enumerate(group)
     }
+
+
+def _rows_by_rank(record: Record) -> dict[str, dict[int, str]]:
+    """The rows of low-rank steering, by rank, for each activation and whatever else is different between them."""
+    rows = record.with_method("low_rank")
+    settings = {row: dict(record.setting(row, "steering") or {}) for row in rows}
+    activations = {row: settings[row].pop("activation", None) or "linear" for row in rows}
+    names = {name for of_row in settings.values() for name in of_row}
+    different = [name for name in sorted(names) if len({str(of_row.get(name)) for of_row in settings.values()}) > 1]
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        others = [f"{name}={settings[row][name]}" for name in different if name in settings[row]]
+        lines.setdefault(", ".join([activations[row], *others]), {}).setdefault(record.setting(row, "r"), row)
+    return lines
 
 
 def _line(summary: Summary, model: str, task: str, rows: dict[int, str]) -> tuple[list[int], list[float], list[float]]:

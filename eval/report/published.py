@@ -53,7 +53,7 @@ def _beside(summary: Summary) -> Table:
                 of_sft = "" if delta is None else f" ({points(delta)})"
                 ours.append(percent(summary.score(model, row, task).mean) + of_sft)
             theirs = [_published(model, method, task) for model in paper.MODELS]
-            rows.append([task if first else "", row, *ours, *theirs])
+            rows.append([paper.title(task) if first else "", row, *ours, *theirs])
             first = False
     header = ["Task", "Method", *record.models, *(f"{model} (paper)" for model in paper.MODELS)]
     caption = "Accuracies in percent, and differences to SFT in points, beside the paper's Tables 1, 2 and 4."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from trl_steer.tasks.registry import BENCHMARKS
 
-from ..reproduce.results import Result, results
+from ..reproduce.results import CELLS, FAILED, Result, results
 from ..reproduce.study import STUDY, Stage, load
 from ..runs import Run, RunError
 
@@ -125,12 +125,18 @@ def read(folder: Path) -> Record:
         RunError: A run is damaged.
     """
     study = load(folder / STUDY)
-    cells = [_cell(result, folder) for result in results(folder)]
-    tested = {(cell.model, cell.task, cell.row) for cell in cells if cell.stage == "test"}
+    try:
+        made = [_cell(result, folder) for result in results(folder)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damage(folder, error) from error
     models, rows = [model.label for model in study.models], [row.name for row in study.rows]
+    cells, tested = [cell for cell in made if cell.stage == "rates"], defaultdict(list)
+    for cell in made:
+        if cell.stage == "test":
+            tested[cell.model, cell.task, cell.row].append(cell)
     for model, task, row in product(models, study.tasks, rows):
-        if (model, task.name, row) not in tested:
-            cells += [Cell("test", model, task.name, row, None, seed) for seed in task.seeds or study.seeds]
+        missing = [Cell("test", model, task.name, row, None, seed) for seed in task.seeds or study.seeds]
+        cells += tested[model, task.name, row] or missing
     scored = [task.name for task in study.tasks if task.name in BENCHMARKS]
     return Record(study.title, models, scored, rows, cells, study.guessed)
 
@@ -161,6 +167,17 @@ def _finished(run: Run, task: str | None) -> dict[str, Any]:
     if task is not None and not examples:
         raise RunError(f"{run.folder} is damaged: it has no examples of {task}. Remove it and run the study again.")
     return {"state": "finished", "examples": examples, "training": training}
+
+
+def _damage(folder: Path, error: Exception) -> RunError:
+    """The error that names the first damaged run, or else the folder."""
+    for path in sorted((folder / CELLS).glob("*")):
+        run = Run(path)
+        try:
+            _finished(run, (run.settings or {}).get("task"))
+        except RunError as found:
+            return found
+    return RunError(f"{folder} is damaged: {_brief(error)}. Remove its folder {FAILED} and run the study again.")
 
 
 def _brief(error: Exception) -> str:

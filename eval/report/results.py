@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from .comparisons import Comparison
+from .paper import title
 from .records import Record
 from .summary import Score, Summary
 from .tables import Bold, Table
@@ -88,7 +89,7 @@ def rate_table(summary: Summary) -> Table:
             chosen = sorted({cell.rate for cell in record.of("test", model, row, task) if cell.rate is not None})
             cells.append(", ".join(rate(value) + _edge(value, grid) for value in chosen) or NONE)
         rows.append([model if first else "", row, *cells])
-    return Table("rates", "Learning rates of the test stage.", ["Model", "Method", *record.tasks], rows)
+    return Table("rates", "Learning rates of the test stage.", ["Model", "Method", *map(title, record.tasks)], rows)
 
 
 def comparison_table(reference: str, comparisons: Sequence[Comparison]) -> Table:
@@ -96,7 +97,11 @@ def comparison_table(reference: str, comparisons: Sequence[Comparison]) -> Table
     rows, before = [], ("", "")
     for found in comparisons:
         difference, group = points(found.difference), (found.model, found.task)
-        cells = [found.model if found.model != before[0] else "", found.task if group != before else "", found.row]
+        cells = [
+            found.model if found.model != before[0] else "",
+            title(found.task) if group != before else "",
+            found.row,
+        ]
         cells += [str(len(found.seeds)), Bold(difference) if found.beyond_noise else difference]
         cells += [_interval(interval) for interval in (found.over_examples, found.over_seeds)]
         rows.append([*cells, f"{found.p_value:.2g}", f"{found.corrected:.2g}"])
@@ -109,7 +114,7 @@ def comparison_table(reference: str, comparisons: Sequence[Comparison]) -> Table
 
 def _columns(record: Record) -> list[str]:
     """The tasks, and the average if there are several."""
-    return [*record.tasks, *(["Avg."] if len(record.tasks) > 1 else [])]
+    return [*map(title, record.tasks), *(["Avg."] if len(record.tasks) > 1 else [])]
 
 
 def _groups(record: Record) -> list[tuple[str, str, bool]]:

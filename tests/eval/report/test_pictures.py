@@ -60,7 +60,7 @@ def test_every_row_has_its_own_look():
 def test_accuracy_against_rank_and_nonlinearity(summary):
     figure = pictures.against_rank(summary, "boolq")
     small = figure.axes[0]
-    assert (small.get_xlabel(), small.get_ylabel()) == ("rank", "boolq, accuracy (%)")
+    assert (small.get_xlabel(), small.get_ylabel()) == ("rank", "BoolQ, accuracy (%)")
     assert [tick.get_text() for tick in small.get_xticklabels()] == ["1", "8"]
     points = drawn(small)
     assert list(points) == ["linear", "silu"]
@@ -72,11 +72,23 @@ def test_accuracy_against_rank_and_nonlinearity(summary):
     assert points["silu"] == [pytest.approx((8, 80.0, 0.0), abs=1e-9)]
 
 
+def test_rows_that_differ_in_more_than_rank_are_lines_of_their_own(tmp_path):
+    rows = [
+        {"name": f"{r} {positions}", "method": "low_rank", "r": r, "steering": {"positions": positions}}
+        for r in (1, 8)
+        for positions in ("all", "last_prompt")
+    ]
+    contents = {**studies.SMALL, "tasks": ["boolq"], "rows": rows}
+    folder = studies.write(tmp_path, contents, lambda cell: "1111111" + "0" * 3, studies.TARGETS)
+    figure = pictures.against_rank(Summary(records.read(folder)), "boolq")
+    assert list(drawn(figure.axes[0])) == ["linear, positions=all", "linear, positions=last_prompt"]
+
+
 def test_accuracy_against_rate_has_a_panel_for_each_row_with_several_rates(summary):
     figure = pictures.against_rate(summary.record, "boolq")
     assert [axes.get_title() for axes in figure.axes] == ["LoRA r=8, all", "r=8", "vector"]
     assert figure.get_supxlabel() == "learning rate"
-    assert figure.get_supylabel() == "boolq, validation accuracy (%)"
+    assert figure.get_supylabel() == "BoolQ, validation accuracy (%)"
     axes = figure.axes[1]
     assert axes.get_xscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1e-3", "2e-3", "5e-3"]

@@ -22,6 +22,7 @@ from trl_steer.eval.report import document
 from trl_steer.files import read_json, write_json
 
 MODELS, TASKS = ("Small", "Big"), {"boolq": 3, "aqua": 2}
+TITLES = {"boolq": "BoolQ", "aqua": "AQuA"}
 ROWS = [row["name"] for row in studies.SMALL["rows"]]
 SHARES = dict(zip(ROWS, ("100%", "2%", "2%", "0.1%", "0.8%", "0.8%", "0.05%"), strict=True))
 RATES = {
@@ -91,7 +92,7 @@ def one_digit(value, signed=False):
 
 def test_accuracies_differences_and_averages(text):
     header, rows = table(text, "Accuracy in percent, mean over seeds, and its difference to SFT in points.")
-    assert header == ["Model", "Method", "Trainable", "boolq", "Δ", "aqua", "Δ", "Avg.", "Δ"]
+    assert header == ["Model", "Method", "Trainable", "BoolQ", "Δ", "AQuA", "Δ", "Avg.", "Δ"]
     assert [tuple(row[:3]) for row in rows] == [(m, r, SHARES[r]) for m, r in itertools.product(MODELS, ROWS)]
     for model, row, _, *cells in rows:
         expected = []
@@ -128,7 +129,7 @@ def test_some_numbers_are_those_computed_on_paper(text):
 
 def test_standard_deviations(text):
     header, rows = table(text, "Standard deviation of the accuracy over seeds, in points.")
-    assert header == ["Model", "Method", "boolq", "aqua", "Avg."]
+    assert header == ["Model", "Method", "BoolQ", "AQuA", "Avg."]
     assert len(rows) == len(MODELS) * len(ROWS)
     for model, row, *cells in rows:
         of_tasks = [accuracies(model, row, task) for task in TASKS]
@@ -144,7 +145,7 @@ def test_standard_deviations(text):
 
 def test_learning_rates_and_the_edges_of_their_grids(text):
     header, rows = table(text, "Learning rates of the test stage.")
-    assert header == ["Model", "Method", "boolq", "aqua"]
+    assert header == ["Model", "Method", "BoolQ", "AQuA"]
     single = {"SFT": "1e-5", "LoRA r=8": "3e-4", "r=1": "2e-3", "r=8 silu": "2e-3"}
     expected = [
         [model, row, *RATES.get((model, row), [single.get(row)] * 2)] for model, row in itertools.product(MODELS, ROWS)
@@ -182,7 +183,7 @@ def test_paired_tests(text, reference):
         for model, task, row in itertools.product(MODELS, TASKS, ROWS)
         if row != reference and answers(model, row, task)
     ]
-    assert [tuple(row[:3]) for row in rows] == names
+    assert [tuple(row[:3]) for row in rows] == [(model, TITLES[task], row) for model, task, row in names]
     found = [differences(model, row, reference, task) for model, task, row in names]
     p_values = [p_value([sum(of_example) for of_example in zip(*by_seed.values(), strict=True)]) for by_seed in found]
     corrected = multipletests(p_values, method="holm")[1]
@@ -214,7 +215,7 @@ def test_only_differences_beyond_noise_are_bold(text):
     _, rows = table(text, "Differences to SFT on the same examples, in points.")
     # All ten answers of all three seeds differ: 2 / 2**10, and 23 comparisons.
     assert [row for row in rows if "**" in row[4]] == [
-        ["Big", "boolq", "LoRA r=8", "3", "**-100.0**", "-100.0 to -100.0", "-100.0 to -100.0", "0.002", "0.045"]
+        ["Big", "BoolQ", "LoRA r=8", "3", "**-100.0**", "-100.0 to -100.0", "-100.0 to -100.0", "0.002", "0.045"]
     ]
     assert len(rows) == 23
 
@@ -253,13 +254,13 @@ def test_the_papers_numbers_stand_beside_those_of_the_study(text):
     assert header[2:4] == ["Small", "Big"]
     assert header[4] == "Llama-3.2-1B (paper)"
     lines = {(task, row): cells for task, row, *cells in rows}
-    assert list(lines) == [(task, row) for task in TASKS for row in ROWS if row != "r=8 silu"]
-    assert lines["boolq", "r=8"] == [
+    assert list(lines) == [(TITLES[task], row) for task in TASKS for row in ROWS if row != "r=8 silu"]
+    assert lines["BoolQ", "r=8"] == [
         *("50.0 (-30.0)", "90.0 (-10.0)"),
         *("86.2 (-2.0)", "82.0 (-1.3)", "90.7 (-0.7)", "92.3 (+0.7)"),
     ]
     # Printed as -6.3, and no result of one model
-    assert lines["aqua", "vector"][:3] == ["50.0 (0.0)", "-", r"30.9 (-5.3\*)"]
+    assert lines["AQuA", "vector"][:3] == ["50.0 (0.0)", "-", r"30.9 (-5.3\*)"]
 
 
 def test_the_papers_tables_have_recomputed_differences(text):
@@ -369,7 +370,7 @@ def test_report_without_full_fine_tuning_has_no_differences_to_it(tmp_path):
     assert cli.main(["report", str(folder)]) == 0
     text = (folder / "report" / "report.md").read_text()
     header, _ = table(text, "Accuracy in percent, mean over seeds.")
-    assert header == ["Model", "Method", "Trainable", "boolq", "aqua", "Avg."]
+    assert header == ["Model", "Method", "Trainable", "BoolQ", "AQuA", "Avg."]
     assert "Differences to LoRA r=8 on" in text
     assert "Differences to SFT" not in text
     assert "The paper" not in text
@@ -393,10 +394,10 @@ def test_a_single_task_has_no_average(tmp_path):
     assert cli.main(["report", str(folder)]) == 0
     text = (folder / "report" / "report.md").read_text()
     header, rows = table(text, "Accuracy in percent")
-    assert header == ["Model", "Method", "Trainable", "boolq", "Δ"]
+    assert header == ["Model", "Method", "Trainable", "BoolQ", "Δ"]
     assert rows[1] == ["Small", "LoRA r=8", "2%", "73.3", "-6.7"]
     header, rows = table(text, "Standard deviation")
-    assert (header, rows[0]) == (["Model", "Method", "boolq"], ["Small", "SFT", "10.0"])
+    assert (header, rows[0]) == (["Model", "Method", "BoolQ"], ["Small", "SFT", "10.0"])
 
 
 def test_report_of_a_study_without_an_evaluated_task(tmp_path):
@@ -458,15 +459,25 @@ def failure(capsys, *arguments):
     return said.err.splitlines()
 
 
+@pytest.mark.parametrize("task", ["steer_aqua", "steer_aqua_val"])
 @pytest.mark.parametrize("damage", ["{", '{"examples": []}', '{"examples": [{"id": "1"}]}', "[]", None])
-def test_a_damaged_run_is_named(tmp_path, capsys, damage):
+def test_a_damaged_run_is_named(tmp_path, capsys, task, damage):
     folder = studies.small(tmp_path / "study")
-    file = sorted(folder.glob("cells/*/scores/steer_aqua.json"))[0]
+    file = sorted(folder.glob(f"cells/*/scores/{task}.json"))[0]
     file.unlink() if damage is None else file.write_text(damage)
     (line,) = failure(capsys, folder)
     assert line.startswith("trl-steer report: error: ")
     assert str(file.parents[1]) in line
     assert not (folder / "report").exists()
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "[]"])
+def test_a_damaged_record_of_a_failure_is_one_line(tmp_path, capsys, damage):
+    folder = studies.small(tmp_path / "study")
+    sorted(folder.glob("failed/*.json"))[0].write_text(damage)
+    (line,) = failure(capsys, folder)
+    assert line.endswith("Remove its folder failed and run the study again.")
+    assert str(folder) in line
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path, capsys):
