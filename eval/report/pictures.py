@@ -17,13 +17,16 @@ from .summary import Summary
 PARAMETERS, RANK, RATES = "parameters", "rank", "rates"  # how the names of the files begin
 PANEL = 3.6  # the sides of a panel in inches
 COLUMNS = 4  # of small panels
+# The methods whose rank has a picture, and what it calls them.
+WITH_RANKS = {"low_rank": "low-rank steering", "sublayer": "sublayer steering", "loreft": "LoReFT"}
 
 
 def pictures(summary: Summary) -> dict[str, bytes]:
     """The PNG files by name: those for which the study has results."""
     made = {f"{PARAMETERS}.png": against_parameters(summary)}
     for task in summary.record.tasks:
-        made[f"{RANK}_{task}.png"] = against_rank(summary, task)
+        for method in WITH_RANKS:
+            made[f"{RANK}_{method}_{task}.png"] = against_rank(summary, method, task)
         made[f"{RATES}_{task}.png"] = against_rate(summary.record, task)
     return {name: figures.png(figure) for name, figure in made.items() if figure is not None}
 
@@ -61,10 +64,10 @@ def against_parameters(summary: Summary) -> Any:
     return figure
 
 
-def against_rank(summary: Summary, task: str) -> Any:
-    """Accuracy on a task against the rank of low-rank steering, with and without nonlinearity, as in Figure 5."""
+def against_rank(summary: Summary, method: str, task: str) -> Any:
+    """Accuracy on a task against the rank of a method, with and without nonlinearity, as in the paper's Figure 5."""
     record = summary.record
-    lines = _rows_by_rank(record)
+    lines = _rows_by_rank(record, method)
     models = [m for m in record.models if any(_line(summary, m, task, rows)[0] for rows in lines.values())]
     if not models or max(len(rows) for rows in lines.values()) < 2:
         return None
@@ -75,7 +78,7 @@ def against_rank(summary: Summary, task: str) -> Any:
         ranks = sorted({rank for rows in lines.values() for rank in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set_xlabel("rank")
+        axes.set_xlabel(f"rank of {WITH_RANKS[method]}")
         axes.set_title(model, fontsize=9)
     panels[0].set_ylabel(f"{title(task)}, accuracy (%)")
     figures.legend_beside(figure, panels)
@@ -137,9 +140,10 @@ def _spread(values: dict[int, float], nearest: float = 1.18) -> dict[int, float]
     }
 
 
-def _rows_by_rank(record: Record) -> dict[str, dict[int, str]]:
-    """The rows of low-rank steering, by rank, for each activation and whatever else is different between them."""
-    rows = record.with_method("low_rank")
+def _rows_by_rank(record: Record, method: str) -> dict[str, dict[int, str]]:
+    """The rows of a method, by rank, for each activation and whatever else is different between them."""
+    found = record.with_method(method)
+    rows = [row for row in found if record.setting(row, "steering", "steering_type") != "vector"]
     settings = {row: dict(record.setting(row, "steering") or {}) for row in rows}
     activations = {row: settings[row].pop("activation", None) or "linear" for row in rows}
     names = {name for of_row in settings.values() for name in of_row}

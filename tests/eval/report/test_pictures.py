@@ -58,9 +58,9 @@ def test_every_row_has_its_own_look():
 
 
 def test_accuracy_against_rank_and_nonlinearity(summary):
-    figure = pictures.against_rank(summary, "boolq")
+    figure = pictures.against_rank(summary, "low_rank", "boolq")
     small = figure.axes[0]
-    assert (small.get_xlabel(), small.get_ylabel()) == ("rank", "BoolQ, accuracy (%)")
+    assert (small.get_xlabel(), small.get_ylabel()) == ("rank of low-rank steering", "BoolQ, accuracy (%)")
     assert [tick.get_text() for tick in small.get_xticklabels()] == ["1", "8"]
     points = drawn(small)
     assert list(points) == ["linear", "silu"]
@@ -80,8 +80,31 @@ def test_rows_that_differ_in_more_than_rank_are_lines_of_their_own(tmp_path):
     ]
     contents = {**studies.SMALL, "tasks": ["boolq"], "rows": rows}
     folder = studies.write(tmp_path, contents, lambda cell: "1111111" + "0" * 3, studies.TARGETS)
-    figure = pictures.against_rank(Summary(records.read(folder)), "boolq")
+    figure = pictures.against_rank(Summary(records.read(folder)), "low_rank", "boolq")
     assert list(drawn(figure.axes[0])) == ["linear, positions=all", "linear, positions=last_prompt"]
+
+
+def test_other_methods_with_ranks_have_pictures_of_their_own(tmp_path):
+    rows = [
+        {"name": f"{site} {r}", "method": "sublayer", "r": r, "steering": {"site": site}}
+        for site in ("pre_mlp", "post_mlp")
+        for r in (1, 8)
+    ]
+    vector = {
+        "name": "vector",
+        "method": "sublayer",
+        "r": 4,
+        "steering": {"site": "pre_mlp", "steering_type": "vector"},
+    }
+    contents = {**studies.SMALL, "tasks": ["boolq"], "rows": [*rows, vector]}
+    folder = studies.write(tmp_path, contents, lambda cell: "1111111" + "0" * 3, studies.TARGETS)
+    summary = Summary(records.read(folder))
+    figure = pictures.against_rank(summary, "sublayer", "boolq")
+    assert {name: [rank for rank, *_ in points] for name, points in drawn(figure.axes[0]).items()} == {
+        "linear, site=pre_mlp": [1, 8],
+        "linear, site=post_mlp": [1, 8],
+    }
+    assert pictures.against_rank(summary, "low_rank", "boolq") is None
 
 
 def test_accuracy_against_rate_has_a_panel_for_each_row_with_several_rates(summary):

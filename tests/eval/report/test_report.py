@@ -511,7 +511,7 @@ def test_every_picture_of_the_report_is_shown(written, text):
     assert sorted(shown) == sorted(name for name in written if name.endswith(".png"))
     assert shown == [
         "parameters.png",
-        *("rank_boolq.png", "rank_aqua.png"),
+        *("rank_low_rank_boolq.png", "rank_low_rank_aqua.png"),
         *("rates_boolq.png", "rates_aqua.png"),
     ]
     assert all(document.is_ours(name) for name in written)
