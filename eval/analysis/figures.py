@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,14 +61,19 @@ def legend_above(axes: Any, columns: int = 2) -> None:
 
 
 def legend_beside(figure: Any, panels: Sequence[Any], order: Sequence[str] = ()) -> None:
-    """A legend on the right of a figure, with each name in any of its axes once. None for a single name."""
+    """A legend with each name in any of these axes once, to the right of a figure, which becomes wider. None for a
+    single name."""
     named: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         named |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in named}
     named = {label: named[label] for label in (*order, *named) if label in named}
     if len(named) > 1:
-        figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside right center")
+        width, height = figure.get_size_inches()
+        columns = math.ceil(len(named) / (height / 0.18))  # a line of 8 points, with the space between lines
+        figure.set_size_inches(width + columns * (0.6 + 0.065 * max(map(len, named))), height)
+        place = {"loc": "outside right center", "ncols": columns}
+        figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, **place)
 
 
 def png(figure: Any) -> bytes:

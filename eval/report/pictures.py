@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from trl_steer.statistics import binomial_standard_error
@@ -15,8 +17,8 @@ from .results import rate as format_rate
 from .summary import Summary
 
 PARAMETERS, RANK, RATES = "parameters", "rank", "rates"  # how the names of the files begin
-PANEL = 3.6  # the sides of a panel in inches
-COLUMNS = 4  # of small panels
+PANEL, SMALL_PANEL = 3.6, 2.3  # the sides of a panel in inches
+COLUMNS = 4
 # The methods whose rank has a picture, and what it calls them.
 WITH_RANKS = {"low_rank": "low-rank steering", "sublayer": "sublayer steering", "loreft": "LoReFT"}
 
@@ -47,7 +49,7 @@ def against_parameters(summary: Summary) -> Any:
                 points.setdefault(model, {})[series] = found[-1]
     if not points:
         return None
-    figure, panels = figures.new_row(len(points), PANEL * len(points) + 2, PANEL, sharey=True)
+    figure, panels = _panels(len(points), PANEL)
     for axes, (model, of_model) in zip(panels, points.items(), strict=True):
         for series, parameters in _spread(of_model).items():
             row = record.rows[series]
@@ -65,22 +67,28 @@ def against_parameters(summary: Summary) -> Any:
 
 
 def against_rank(summary: Summary, method: str, task: str) -> Any:
-    """Accuracy on a task against the rank of a method, with and without nonlinearity, as in the paper's Figure 5."""
-    record = summary.record
-    lines = _rows_by_rank(record, method)
-    models = [m for m in record.models if any(_line(summary, m, task, rows)[0] for rows in lines.values())]
-    if not models or max(len(rows) for rows in lines.values()) < 2:
+    """Accuracy on a task against the rank of a method, with and without nonlinearity, as in the paper's Figure 5.
+
+    There is a panel for each model and site.
+    """
+    record, drawn = summary.record, {}
+    for model, (site, lines) in product(record.models, _rows_by_rank(record, method).items()):
+        found = {label: _line(summary, model, task, rows) for label, rows in lines.items()}
+        if any(ranks for ranks, *_ in found.values()):
+            drawn[", ".join(filter(None, (model, site)))] = found
+    ranks = sorted({rank for found in drawn.values() for of_line, *_ in found.values() for rank in of_line})
+    if len(ranks) < 2:
         return None
-    figure, panels = figures.new_row(len(models), PANEL * len(models) + 1.2, PANEL, sharey=True)
-    for axes, model in zip(panels, models, strict=True):
-        for series, (name, rows) in enumerate(lines.items()):
-            figures.draw_errors(axes, *_line(summary, model, task, rows), series, name)
-        ranks = sorted({rank for rows in lines.values() for rank in rows})
+    figure, panels = _panels(len(drawn), PANEL)
+    for axes, (name, found) in zip(panels, drawn.items(), strict=True):
+        for series, (label, (of_line, means, errors)) in enumerate(found.items()):
+            apart = 1.04 ** (series - (len(found) - 1) / 2)  # so that error bars do not cover each other
+            figures.draw_errors(axes, [rank * apart for rank in of_line], means, errors, series, label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set_xlabel(f"rank of {WITH_RANKS[method]}")
-        axes.set_title(model, fontsize=9)
-    panels[0].set_ylabel(f"{title(task)}, accuracy (%)")
+        axes.set_title(name, fontsize=9)
+    figure.supxlabel(f"rank of {WITH_RANKS[method]}", fontsize=9)
+    figure.supylabel(f"{title(task)}, accuracy (%)", fontsize=9)
     figures.legend_beside(figure, panels)
     return figure
 
@@ -96,10 +104,8 @@ def against_rate(record: Record, task: str) -> Any:
     rows = [row for row in rows if max(map(len, tried[row])) > 1]
     if not rows:
         return None
-    columns = min(COLUMNS, len(rows))
-    lines = -(-len(rows) // columns)
-    figure, panels = figures.new_row(columns, 2.3 * columns + 1.6, 2.2 * lines + 0.4, lines, sharey=True)
-    for axes, row in zip(panels, rows, strict=False):
+    figure, panels = _panels(len(rows), SMALL_PANEL)
+    for axes, row in zip(panels, rows, strict=True):
         for series, (model, rates) in enumerate(zip(record.models, tried[row], strict=True)):
             _rate_line(axes, rates, series, model)
             chosen = {cell.rate for cell in record.of("test", model, row, task)}
@@ -109,12 +115,20 @@ def against_rate(record: Record, task: str) -> Any:
         axes.set_xticks(ticks, [format_rate(rate) for rate in ticks], fontsize=7, rotation=45)
         axes.set_xticks([], minor=True)
         axes.set_title(row, fontsize=8)
-    for axes in panels[len(rows) :]:
-        axes.remove()
     figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel(f"{title(task)}, validation accuracy (%)", fontsize=9)
-    figures.legend_beside(figure, panels[: len(rows)])
+    figures.legend_beside(figure, panels)
     return figure
+
+
+def _panels(count: int, side: float) -> tuple[Any, list[Any]]:
+    """A figure with this many panels that share the y axis, in several lines if there are many."""
+    columns = min(COLUMNS, count)
+    lines = math.ceil(count / columns)
+    figure, panels = figures.new_row(columns, side * columns, side * lines, lines, sharey=True)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
 
 
 def _count_axis(axes: Any, ratio: float) -> None:
@@ -140,19 +154,23 @@ def _spread(values: dict[int, float], nearest: float = 1.18) -> dict[int, float]
     }
 
 
-def _rows_by_rank(record: Record, method: str) -> dict[str, dict[int, str]]:
-    """The rows of a method, by rank, for each activation and whatever else is different between them."""
-    found = record.with_method(method)
-    rows = [row for row in found if record.setting(row, "steering", "steering_type") != "vector"]
-    settings = {row: dict(record.setting(row, "steering") or {}) for row in rows}
-    activations = {row: settings[row].pop("activation", None) or "linear" for row in rows}
-    names = {name for of_row in settings.values() for name in of_row}
-    different = [name for name in sorted(names) if len({str(of_row.get(name)) for of_row in settings.values()}) > 1]
-    lines: dict[str, dict[int, str]] = {}
-    for row in rows:
-        others = [f"{name}={settings[row][name]}" for name in different if name in settings[row]]
-        lines.setdefault(", ".join([activations[row], *others]), {}).setdefault(record.setting(row, "r"), row)
-    return lines
+def _rows_by_rank(record: Record, method: str) -> dict[str, dict[str, dict[int, str]]]:
+    """The rows of a method by site, by what else is different between them, such as the activation, and by rank."""
+    settings = {row: dict(record.setting(row, "steering") or {}) for row in record.with_method(method)}
+    settings = {row: values for row, values in settings.items() if values.pop("steering_type", None) != "vector"}
+    sites = {row: values.pop("site", "") for row, values in settings.items()}
+    texts = {
+        row: {"activation": values.pop("activation", None) or "linear"}
+        | {name: f"{name}={values[name]}" for name in values}
+        for row, values in settings.items()
+    }
+    names = sorted({name for values in texts.values() for name in values})
+    different = [name for name in names if len({values.get(name) for values in texts.values()}) > 1] or ["activation"]
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for row, values in texts.items():
+        label = ", ".join(values[name] for name in different if name in values)
+        found.setdefault(sites[row], {}).setdefault(label, {}).setdefault(record.setting(row, "r"), row)
+    return found
 
 
 def _line(summary: Summary, model: str, task: str, rows: dict[int, str]) -> tuple[list[int], list[float], list[float]]:

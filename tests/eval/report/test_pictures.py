@@ -59,17 +59,26 @@ def test_every_row_has_its_own_look():
 
 def test_accuracy_against_rank_and_nonlinearity(summary):
     figure = pictures.against_rank(summary, "low_rank", "boolq")
-    small = figure.axes[0]
-    assert (small.get_xlabel(), small.get_ylabel()) == ("rank of low-rank steering", "BoolQ, accuracy (%)")
+    small, big = figure.axes
+    assert (small.get_title(), big.get_title()) == ("Small", "Big")
+    assert figure.get_supxlabel() == "rank of low-rank steering"
+    assert figure.get_supylabel() == "BoolQ, accuracy (%)"
     assert [tick.get_text() for tick in small.get_xticklabels()] == ["1", "8"]
     points = drawn(small)
     assert list(points) == ["linear", "silu"]
-    # 6, 7 and 5 of 10, and 7, 0 and 8
+    # 6, 7 and 5 of 10, and 7, 0 and 8. The lines are two percent to the left and the right.
     assert points["linear"] == [
-        pytest.approx((1, 60.0, 10.0)),
-        pytest.approx((8, 50.0, 100 * np.std([0.7, 0.0, 0.8], ddof=1))),
+        pytest.approx((1 / 1.04**0.5, 60.0, 10.0)),
+        pytest.approx((8 / 1.04**0.5, 50.0, 100 * np.std([0.7, 0.0, 0.8], ddof=1))),
     ]
-    assert points["silu"] == [pytest.approx((8, 80.0, 0.0), abs=1e-9)]
+    assert points["silu"] == [pytest.approx((8 * 1.04**0.5, 80.0, 0.0), abs=1e-9)]
+
+
+def by_rank(folder, method, rows):
+    """The picture of the rows of a study with a model and a task, without results that matter."""
+    contents = {**studies.SMALL, "models": ["someone/model"], "tasks": ["boolq"], "rows": rows}
+    studies.write(folder, contents, lambda cell: "1111111000", studies.TARGETS)
+    return pictures.against_rank(Summary(records.read(folder)), method, "boolq")
 
 
 def test_rows_that_differ_in_more_than_rank_are_lines_of_their_own(tmp_path):
@@ -78,33 +87,23 @@ def test_rows_that_differ_in_more_than_rank_are_lines_of_their_own(tmp_path):
         for r in (1, 8)
         for positions in ("all", "last_prompt")
     ]
-    contents = {**studies.SMALL, "tasks": ["boolq"], "rows": rows}
-    folder = studies.write(tmp_path, contents, lambda cell: "1111111" + "0" * 3, studies.TARGETS)
-    figure = pictures.against_rank(Summary(records.read(folder)), "low_rank", "boolq")
-    assert list(drawn(figure.axes[0])) == ["linear, positions=all", "linear, positions=last_prompt"]
+    figure = by_rank(tmp_path, "low_rank", rows)
+    assert list(drawn(figure.axes[0])) == ["positions=all", "positions=last_prompt"]
 
 
-def test_other_methods_with_ranks_have_pictures_of_their_own(tmp_path):
-    rows = [
-        {"name": f"{site} {r}", "method": "sublayer", "r": r, "steering": {"site": site}}
-        for site in ("pre_mlp", "post_mlp")
-        for r in (1, 8)
-    ]
-    vector = {
-        "name": "vector",
-        "method": "sublayer",
-        "r": 4,
-        "steering": {"site": "pre_mlp", "steering_type": "vector"},
-    }
-    contents = {**studies.SMALL, "tasks": ["boolq"], "rows": [*rows, vector]}
-    folder = studies.write(tmp_path, contents, lambda cell: "1111111" + "0" * 3, studies.TARGETS)
-    summary = Summary(records.read(folder))
-    figure = pictures.against_rank(summary, "sublayer", "boolq")
-    assert {name: [rank for rank, *_ in points] for name, points in drawn(figure.axes[0]).items()} == {
-        "linear, site=pre_mlp": [1, 8],
-        "linear, site=post_mlp": [1, 8],
-    }
-    assert pictures.against_rank(summary, "low_rank", "boolq") is None
+def test_sites_are_panels(tmp_path):
+    sites = {"name": "{site} {r}", "method": "sublayer", "grid": {"site": ["pre_mlp", "post_mlp"], "r": [1, 8]}}
+    vector = {"name": "vector", "method": "sublayer", "r": 4, "steering": {"steering_type": "vector"}}
+    figure = by_rank(tmp_path, "sublayer", [sites, vector])
+    assert [axes.get_title() for axes in figure.axes] == ["model, pre_mlp", "model, post_mlp"]
+    for axes in figure.axes:
+        (points,) = drawn(axes).values()
+        assert [rank for rank, *_ in points] == [1, 8]
+    assert figure.get_supxlabel() == "rank of sublayer steering"
+
+
+def test_a_single_rank_has_no_picture(tmp_path):
+    assert by_rank(tmp_path, "low_rank", [{"name": "one", "method": "low_rank", "r": 8}]) is None
 
 
 def test_accuracy_against_rate_has_a_panel_for_each_row_with_several_rates(summary):
