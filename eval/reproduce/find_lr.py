@@ -72,7 +72,7 @@ def _find(args: argparse.Namespace, folder: Path, console: Console) -> str:
     found = recommend(scores, noise)
     tested = [{"rate": rate, "accuracy": score} for rate, score in scores.items()]
     write_json(folder / RECORD, {**found._asdict(), "noise": noise, "rates": tested})
-    picture = figure(scores, found, f"accuracy on the validation split of {task.name}")
+    picture = figure(scores, found, f"validation accuracy on {task.name}")
     picture.savefig(folder / PICTURE)
     return f"{sentence(found, scores)}\n{folder / RECORD} has all rates, {folder / PICTURE} a picture."
 
