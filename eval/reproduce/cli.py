@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,12 @@ def _reproduce(argv: Sequence[str], prog: str) -> int:
         print("\n".join(lines))
         return 0
     require("eval", "lm_eval")
-    console = Console()
     try:
-        found = reproduce(study, folder, _engine(args, folder.resolve()), console, args.take)
+        with closing(Console()) as console:
+            found = reproduce(study, folder, _engine(args, folder.resolve()), console, args.take)
     except KeyboardInterrupt:
-        console.close()
         print(f"\n{prog}: stopped. The same command continues from there.", file=sys.stderr)
         return 130
-    console.close()
     failed = [result for result in found if result.failure is not None and not result.failure.diverged]
     return 1 if failed else 0
 

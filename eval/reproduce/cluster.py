@@ -26,6 +26,7 @@ class RayEngine:
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
+        ConnectionError: There is no cluster at `RAY_ADDRESS`.
     """
 
     def __init__(self, folder: Path, workers: int | None = None, gpus: float | None = None):
@@ -46,10 +47,13 @@ class RayEngine:
             "logging_level": "ERROR",
             "runtime_env": {"env_vars": variables},
         }
+        address = os.environ.get("RAY_ADDRESS", "auto")
         try:
-            ray.init("auto", **options)
+            ray.init(address, **options, **(_own_cluster(workers) if address == "local" else {}))
         except ConnectionError:
-            ray.init("local", num_cpus=workers, include_dashboard=False, **options)
+            if address != "auto":
+                raise
+            ray.init("local", **options, **_own_cluster(workers))
         found = ray.cluster_resources()
         share = (1.0 if found.get("GPU") else 0.0) if gpus is None else gpus
         room = int(found["GPU"] / share) if share else int(found.get("CPU", 1))
@@ -86,6 +90,10 @@ class RayEngine:
             return self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             return Outcome(f"The worker process died: {' '.join(str(error).split())[:500]}")
+
+
+def _own_cluster(workers: int | None) -> dict[str, Any]:
+    return {"num_cpus": workers, "include_dashboard": False}
 
 
 def _make_cell(directory: str, settings: dict[str, Any], key: str, folder: str) -> Outcome:

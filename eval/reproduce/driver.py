@@ -74,8 +74,7 @@ class _Driver:
         cells = list(cells)
         queue: deque[Cell] = deque()
         for cell in {cell.key: cell for cell in cells}.values():
-            if cell.key in self.others:
-                self._take(self.others[cell.key], cell)
+            self._take(cell)
             found = result_of(cell, self.folder)
             if found.run is not None or (found.failure is not None and found.failure.diverged):
                 self._count(found)
@@ -114,9 +113,12 @@ class _Driver:
         self.report.note(f"{name_of(cell)} failed: {outcome.reason}")
         return True
 
-    def _take(self, run: Run, cell: Cell) -> None:
-        with new_folder(self.folder / CELLS / cell.key) as partial:
-            shutil.copytree(run.folder, partial, dirs_exist_ok=True)
+    def _take(self, cell: Cell) -> None:
+        """Copies the run of a cell if there is one in another folder."""
+        target = self.folder / CELLS / cell.key
+        if cell.key in self.others and not target.is_dir():
+            with new_folder(target) as partial:
+                shutil.copytree(self.others[cell.key].folder, partial, dirs_exist_ok=True)
 
     def _count(self, result: Result) -> None:
         failure = result.failure

@@ -1,9 +1,11 @@
 """`trl-steer find-lr`: finds a learning rate for a model, a task and a method."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,23 +33,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer find-lr") -> 
     args = _parser(prog).parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported, as in the demo
     folder = args.output or Path("learning-rates", f"{args.task}-{args.method}")
-    console = Console()
     try:
         require("reproduce", "optuna", "matplotlib", "lm_eval")
-        with locked(folder):
-            _find(args, folder, console)
+        with locked(folder), closing(Console()) as console:
+            said = _find(args, folder, console)
     except KeyboardInterrupt:
-        console.close()
         print(f"\n{prog}: stopped. The same command continues from there.", file=sys.stderr)
         return 130
     except (runs.RunError, StudyError, FolderInUseError, ValueError, ImportError, OSError) as error:
-        console.close()
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    print(said)
     return 0
 
 
-def _find(args: argparse.Namespace, folder: Path, console: Console) -> None:
+def _find(args: argparse.Namespace, folder: Path, console: Console) -> str:
+    """Makes the sweep and its files. Returns the recommendation in words."""
     study = _study(args)
     (model,), (task,), (row,) = study.models, study.tasks, study.rows
     (cell,) = study.test_cells({})
@@ -66,15 +67,14 @@ def _find(args: argparse.Namespace, folder: Path, console: Console) -> None:
         console.step(f"rate {rate:g}")
 
     scores = sweep(objective, folder, name, args.start or cell.rate, tried)
-    console.close()
     best = run_of(recommend(scores).rate).correct(f"steer_{task.name}_val")
     noise = binomial_standard_error(sum(best), len(best))
     found = recommend(scores, noise)
     tested = [{"rate": rate, "accuracy": score} for rate, score in scores.items()]
     write_json(folder / RECORD, {**found._asdict(), "noise": noise, "rates": tested})
-    picture = figure(scores, found, f"accuracy on the validation split of {task.name}")
+    picture = figure(scores, found, f"validation accuracy on {task.name}")
     picture.savefig(folder / PICTURE)
-    print(sentence(found, scores), f"{folder / RECORD} has all rates, {folder / PICTURE} a picture.", sep="\n")
+    return f"{sentence(found, scores)}\n{folder / RECORD} has all rates, {folder / PICTURE} a picture."
 
 
 def _score(settings: Settings, run: runs.Run, trial: Any, console: Console) -> float:
@@ -162,7 +162,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--method", default="low_rank", choices=list(presets.METHODS), help="the method")
     parser.add_argument("--preset", default="default", choices=PRESETS, help="preset of all other settings")
     parser.add_argument("--r", type=positive, help="rank (default: that of the preset)")
-    parser.add_argument("--start", type=float, metavar="RATE", help="the rate in the middle (default: the preset's)")
+    parser.add_argument("--start", type=_rate, metavar="RATE", help="the rate in the middle (default: the preset's)")
     parser.add_argument(
         "--max-steps", type=positive, metavar="N", help="training steps (default: those of the preset)"
     )
@@ -172,3 +172,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="folder of the sweep (default: learning-rates/TASK-METHOD)"
     )
     return parser
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return rate

@@ -37,14 +37,14 @@ class LocalEngine:
     """
 
     def __init__(self, folder: Path, workers: int | None = None):
-        # Before PyTorch is imported, which reads them.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (workers or 1))))
         import torch
 
         self.folder = folder
         self.gpus = torch.cuda.device_count()
         self.workers = workers or self.gpus or 1
+        # For the workers, which import PyTorch later.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
         # CUDA cannot be used in a process that is forked from one that may have initialized it.
         self._context: Any = multiprocessing.get_context("spawn" if self.gpus else "forkserver")
         self._running: dict[int, _Worker] = {}
@@ -100,8 +100,8 @@ def _outcome(worker: _Worker) -> Outcome:
         return worker.outcome.recv()
     except EOFError:
         code = worker.process.exitcode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return Outcome(f"The worker process was {how}." if code < 0 else f"The worker process {how}.")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return Outcome(f"The worker process {how}.")
     finally:
         worker.outcome.close()
 

@@ -179,7 +179,7 @@ def test_ctrl_c_ends_all_workers_and_says_how_to_continue(study, tmp_path):
 
 def test_a_cell_that_diverges_is_recorded_and_stops_nothing(study, tmp_path):
     options = ["--rows", "SFT", "--seeds", "0", "--output", str(tmp_path), "--workers", "2"]
-    text = study.read_text().replace("- 0.005", "- 1.0e+30")
+    text = study.read_text().replace("- 0.005", "- 1.0e+60")
     (tmp_path / "wild.yaml").write_text(text)
     main = [sys.executable, "-m", "trl_steer.cli", "reproduce", str(tmp_path / "wild.yaml"), *options]
     ran = subprocess.run(main, capture_output=True, text=True, env=ENVIRONMENT)
@@ -188,7 +188,7 @@ def test_a_cell_that_diverges_is_recorded_and_stops_nothing(study, tmp_path):
     (failed,) = (tmp_path / "failed").iterdir()
     assert read_json(failed) == {**read_json(failed), "attempts": 1, "diverged": True}
     assert [(result.accuracy is None, result.cell.rate) for result in results(tmp_path) if result.failure] == [
-        (False, 1e30)
+        (False, 1e60)
     ]
 
 

@@ -1,7 +1,9 @@
 """Studies: the grids of ours, as the paper has them, and what is refused."""
 
+import re
 from dataclasses import replace
 
+import pages
 import paper_models
 import pytest
 import study_cases
@@ -225,6 +227,18 @@ def test_a_missing_or_broken_file_and_an_unknown_row_are_a_line(tmp_path, capsys
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+
+
+def test_the_study_in_the_guide_is_valid():
+    (block,) = (block for block in pages.blocks("eval/reproduce/README.md") if block.language == "yaml")
+    study = from_dict(yaml.safe_load(block.code))
+    assert [row.name for row in study.rows][1:3] == ["steering r=1, linear", "steering r=1, silu"]
+    assert study.size() == 2 * (3 + 6 * 2 + 8 * 3)
+
+
+def test_sizes_in_the_guide_are_those_of_the_studies():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", pages.prose("eval/reproduce/README.md"), re.MULTILINE)
+    assert {name: int(size) for name, size in rows} == {name: load(name).size() for name in OURS}
 
 
 def test_rates_may_be_written_without_a_point():
