@@ -20,6 +20,9 @@ class Report:
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Called during a step."""
 
+    def loss(self, step: int, loss: float) -> None:
+        """Called with the training loss of a step when it is logged."""
+
     def end(self, result: str) -> None:
         """Called at the end of a step."""
 
@@ -44,7 +47,7 @@ class Console(Report):
 
     def step(self, name: str) -> None:
         self._number += 1
-        self._name = f"{self._number} of {self._steps}  {name}"
+        self._name = name if self._steps == 1 else f"{self._number} of {self._steps}  {name}"
         self._began: tuple[float, int] | None = None
         self._tenth = 0
         self._write(f"{self._name} ...", over=True)

@@ -2,7 +2,7 @@
 
     settings.json        all settings that determine the result
     environment.json     versions, device, threads, command
-    adapter/             the PEFT adapter, with its tokenizer
+    adapter/             the PEFT adapter, with its tokenizer; model/ after full fine-tuning
     training.json        losses, seconds, tokens, trainable parameters, peak memory
     scores/<task>.json   accuracy, and all examples: prompt id, text, answer, correct or not
     log                  output of the libraries
@@ -19,26 +19,23 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from trl_steer.checkpoints import is_finished, newest_complete_checkpoint, step_of
 from trl_steer.extras import require
 from trl_steer.files import LOCK, FolderInUseError, locked, new_folder, read_json, remove, write_json
-from trl_steer.presets import AdapterMethod as Method
 
 from . import models
 from .console import Report, output_to
+from .settings import FORMAT, Settings
 
-METHODS: tuple[Method, ...] = get_args(Method)
-FORMAT = "trl_steer run 1"
-SETTINGS, ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG = (
-    *("settings.json", "environment.json", "adapter"),
+SETTINGS, ENVIRONMENT, ADAPTER, MODEL, TRAINING, SCORES, LOG = (
+    *("settings.json", "environment.json", "adapter", "model"),
     *("training.json", "scores", "log"),
 )
 CHECKPOINTS, RESULTS = "checkpoints", "results.md"
-OURS = (ENVIRONMENT, ADAPTER, TRAINING, SCORES, LOG, CHECKPOINTS, RESULTS)
+OURS = (ENVIRONMENT, ADAPTER, MODEL, TRAINING, SCORES, LOG, CHECKPOINTS, RESULTS)
 # The contents of `training.json` at a checkpoint. It is written last, so that a checkpoint without it is incomplete.
 MARK = "progress.json"
 # Files of a checkpoint that do not belong to the adapter.
@@ -54,39 +51,6 @@ class RunError(RuntimeError):
     """A run failed, or a folder is not that of a run. The message is a single line."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings that determine the result of a run. All values can be saved as JSON.
-
-    Args:
-        method (`str`): One of [`METHODS`].
-        model (`str`): Hub id, checkpoint folder, or [`models.EMBEDDED`].
-        benchmark (`str`): The task of `trl_steer.tasks` to train on.
-        source (`dict`): Source of the benchmark's dataset, for example the sizes and the seed of a generated one.
-        task (`str`): The lm-eval task.
-        seed (`int`): Random seed of the initial weights and the order of the examples.
-        r (`int`): Rank of LoRA, LoReFT and low-rank steering.
-        training (`dict`): Arguments of TRL's `SFTConfig`, or of `JointOrthSFTConfig` for joint methods.
-        scoring (`dict`): Arguments of lm-eval, `batch_size` and `gen_kwargs`.
-        steering (`dict`): Other fields of the configuration of steering, such as `site` and `positions`.
-    """
-
-    method: Method
-    model: str
-    benchmark: str
-    source: Mapping[str, Any]
-    task: str
-    seed: int
-    r: int
-    training: Mapping[str, Any]
-    scoring: Mapping[str, Any] = field(default_factory=lambda: {"batch_size": 1})
-    steering: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of `settings.json`."""
-        return {"format": FORMAT, **asdict(self)}
-
-
 class Run:
     """The folder of a run, finished or not.
 
@@ -97,6 +61,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder.expanduser().resolve()
         self.adapter = self.folder / ADAPTER
+        self.model = self.folder / MODEL
         self.checkpoints = self.folder / CHECKPOINTS
         self.log = self.folder / LOG
         self.results = self.folder / RESULTS
@@ -134,11 +99,11 @@ class Run:
         return sorted(file.stem for file in (self.folder / SCORES).glob("*.json") if not file.stem.endswith(".base"))
 
     def is_trained(self) -> bool:
-        return self.adapter.is_dir() and (self.folder / TRAINING).is_file()
+        return (self.adapter.is_dir() or self.model.is_dir()) and (self.folder / TRAINING).is_file()
 
-    def is_finished(self, task: str, with_base: bool = False) -> bool:
-        scored = all(self.scores_file(task, base).is_file() for base in {False, with_base})
-        return self.is_trained() and scored
+    def is_finished(self, task: str | None, with_base: bool = False, keep_weights: bool = True) -> bool:
+        scored = task is None or all(self.scores_file(task, base).is_file() for base in {False, with_base})
+        return scored and (self.is_trained() or (not keep_weights and (self.folder / TRAINING).is_file()))
 
     def newest_checkpoint(self, skip: Callable[[Path], object] = lambda checkpoint: None) -> Path | None:
         """The last complete checkpoint, or `None`. Calls `skip` with incomplete ones."""
@@ -147,7 +112,10 @@ class Run:
     def command(self) -> str:
         """The lm-eval command that evaluates the adapter in the same way, for the shell."""
         settings, environment = self.settings or {}, self.environment
-        arguments = {"pretrained": environment["model"], "peft": str(self.adapter), "dtype": "float32"}
+        trained = {"pretrained": environment["model"], "peft": str(self.adapter)}
+        if settings["method"] == "full":
+            trained = {"pretrained": str(self.model)}
+        arguments = {**trained, "dtype": settings.get("dtype", "float32")}
         joined = ",".join(f"{key}={value}" for key, value in arguments.items())
         metadata = {settings["benchmark"]: settings["source"]} if settings["source"] else {}
         scoring = settings["scoring"]
@@ -157,6 +125,7 @@ class Run:
             "--include_path": str(TASKS),
             "--tasks": settings["task"],
             "--metadata": json.dumps(metadata) if metadata else None,
+            "--limit": str(scoring["limit"]) if "limit" in scoring else None,
             "--gen_kwargs": ",".join(f"{key}={value}" for key, value in scoring.get("gen_kwargs", {}).items()),
             "--batch_size": str(scoring["batch_size"]),
             "--device": environment["device"],
@@ -171,7 +140,7 @@ class Run:
             parts.append("the base model's score")
         checkpoint = self.newest_checkpoint()
         if self.is_trained():
-            parts.append("the trained adapter")
+            parts.append("the trained model" if self.model.is_dir() else "the trained adapter")
         elif checkpoint is not None:
             parts.append(f"training up to step {step_of(checkpoint)}")
         return " and ".join(parts) or "only the settings"
@@ -197,7 +166,7 @@ def make(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Run:
-    """Trains and evaluates an adapter, or completes an unfinished run.
+    """Trains and evaluates an adapter, or all parameters, or completes an unfinished run.
 
     Args:
         settings (`Settings`): Settings of the run.
@@ -211,7 +180,8 @@ def make(
             or evaluation failed. Finished parts are kept.
     """
     run, report = Run(folder), report or Report()
-    if run.settings == settings.to_dict() and run.is_finished(settings.task, score_base) and not overwrite:
+    finished = run.is_finished(settings.task, score_base, settings.keep_weights)
+    if run.settings == settings.to_dict() and finished and not overwrite:
         report.note("This run is already finished. Its results are:")
         return run
     try:
@@ -244,26 +214,33 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _make(run: Run, settings: Settings, score_base: bool, report: Report) -> None:
-    report.start(4 if score_base else 3)
+    task = settings.task
+    report.start(2 if task is None else 4 if score_base else 3)
     report.step("Model")
     model = models.resolve(settings.model, report.note)
     write_json(run.folder / ENVIRONMENT, _environment(model))
     report.end(models.HUB_ID if settings.model == models.EMBEDDED else settings.model)
-    if score_base:
+    if task is not None and score_base:
         report.step("Scoring the base model")
-        _score(run, settings, model, True, report)
+        _score(run, settings, task, model, True, report)
     report.step("Training")
     _train(run, settings, model, report)
-    report.step("Scoring the adapter")
-    _score(run, settings, model, False, report)
+    if task is not None:
+        report.step("Scoring the model" if settings.method == "full" else "Scoring the adapter")
+        _score(run, settings, task, model, False, report)
+    if not settings.keep_weights:
+        remove(run.adapter)
+        remove(run.model)
 
 
-def _score(run: Run, settings: Settings, model: str, base: bool, report: Report) -> None:
-    file = run.scores_file(settings.task, base)
+def _score(run: Run, settings: Settings, task: str, model: str, base: bool, report: Report) -> None:
+    file = run.scores_file(task, base)
     if not file.is_file():
         from .scoring import score
 
-        write_json(file, score(settings, model, None if base else run.adapter, TASKS, report))
+        trained = settings.method == "full" and not base
+        adapter = None if base or trained else run.adapter
+        write_json(file, score(settings, task, str(run.model) if trained else model, adapter, TASKS, report))
     report.end(f"accuracy {read_json(file)['accuracy']:.3f}")
 
 
@@ -282,7 +259,7 @@ def _train(run: Run, settings: Settings, model: str, report: Report) -> None:
         if newest is None:
             raise RunError("Training ended without a checkpoint, because it had no steps. Use more training examples.")
         write_json(run.folder / TRAINING, read_json(newest / MARK))
-        with new_folder(run.adapter) as partial:
+        with new_folder(run.model if settings.method == "full" else run.adapter) as partial:
             for file in newest.iterdir():
                 if file.name not in _STATE:
                     shutil.copy(file, partial)

@@ -1,5 +1,6 @@
 """Evaluates a model, with or without an adapter, with lm-eval's Python interface."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,39 @@ from .runs import Settings
 STRICT = "strict"
 
 
-def score(settings: Settings, model: str, adapter: Path | None, tasks: Path, report: Report) -> dict[str, Any]:
+def score(
+    settings: Settings, task: str, model: str, adapter: Path | None, tasks: Path, report: Report
+) -> dict[str, Any]:
     """Evaluates a model, and returns the accuracy and all examples in the order of the task.
 
     Args:
         settings (`Settings`): Settings of the run.
+        task (`str`): The lm-eval task.
         model (`str`): Checkpoint folder or Hub id.
         adapter (`Path`, *optional*): Folder of a PEFT adapter.
         tasks (`Path`): Folder of the lm-eval tasks.
         report (`Report`): Receives the progress.
     """
-    loaded, tokenizer = models.load(model, str(adapter) if adapter else None, dtype=torch.float32)
+    start = time.perf_counter()
+    dtype = getattr(torch, settings.dtype)
+    loaded, tokenizer = models.load(model, str(adapter) if adapter else None, dtype=dtype)
     metadata: dict[str, Any] = {settings.benchmark: dict(settings.source)} if settings.source else {}
     batch_size = settings.scoring["batch_size"]
     results = lm_eval.simple_evaluate(
         model=_Counted(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, report=report),
-        tasks=[settings.task],
+        tasks=[task],
+        limit=settings.scoring.get("limit"),
         gen_kwargs=settings.scoring.get("gen_kwargs"),
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False, metadata=metadata),
         log_samples=True,
         bootstrap_iters=0,
     )
-    samples = [sample for sample in results["samples"][settings.task] if sample["filter"] == STRICT]
+    samples = [sample for sample in results["samples"][task] if sample["filter"] == STRICT]
     return {
-        "task": settings.task,
+        "task": task,
         "filter": STRICT,
-        "accuracy": float(results["results"][settings.task][f"exact_match,{STRICT}"]),
+        "seconds": time.perf_counter() - start,
+        "accuracy": float(results["results"][task][f"exact_match,{STRICT}"]),
         "examples": [
             {
                 "id": sample["prompt_hash"][:16],

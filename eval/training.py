@@ -19,16 +19,19 @@ from .console import Report
 from .runs import MARK, Settings
 
 
-def peft_config(settings: Settings) -> PeftConfig:
+def peft_config(settings: Settings) -> PeftConfig | None:
+    """The configuration of the adapter, `None` for full fine-tuning."""
+    if settings.method == "full":
+        return None
     common: dict[str, Any] = {"r": settings.r, "task_type": "CAUSAL_LM"}
-    lora = LoraConfig(target_modules="all-linear", **common) if "lora" in settings.method else None
+    lora = LoraConfig(**{**common, "target_modules": "all-linear", **settings.lora})
     if settings.method in presets.JOINT:
-        lora = LoraConfig(**common)  # without modules, all linear layers of the blocks
-    return presets.peft_config(settings.method, lora, **common, **settings.steering)
+        lora = LoraConfig(**{**common, **settings.lora})  # without modules, all linear layers of the blocks
+    return presets.peft_config(settings.method, lora, **{**common, **settings.steering})
 
 
 def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None, report: Report) -> None:
-    """Trains an adapter, and saves a checkpoint of the last step.
+    """Trains an adapter or all parameters, and saves a checkpoint of the last step.
 
     Args:
         settings (`Settings`): Settings of the run.
@@ -43,7 +46,7 @@ def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None
     torch.manual_seed(settings.seed)
     trainer_class, config = _trainer(settings, checkpoints)
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, settings.dtype)),
         args=config,
         train_dataset=load_task(settings.benchmark, **settings.source)["train"],
         processing_class=AutoTokenizer.from_pretrained(model),
@@ -67,6 +70,8 @@ def _trainer(settings: Settings, checkpoints: Path) -> tuple[type[SFTTrainer], S
         "include_num_input_tokens_seen": "non_padding",
         "report_to": "none",
         "disable_tqdm": True,
+        # A checkpoint of all parameters takes long to write, so that there is one at the end only.
+        **({"save_steps": 2**31, "save_only_model": True} if settings.method == "full" else {}),
         **settings.training,
     }
     if settings.method in presets.JOINT:
@@ -93,6 +98,10 @@ class _Record(TrainerCallback):
         note = f"loss {losses[-1]:.3f}" if losses else ""
         self.report.progress(state.global_step, state.max_steps, note)
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.report.loss(state.global_step, float(logs["loss"]))
+
     def on_save(self, args, state, control, model=None, **kwargs):
         seconds = time.perf_counter() - self.start
         self.memory = max(self.memory, _peak_memory())
@@ -100,7 +109,7 @@ class _Record(TrainerCallback):
         trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         record = {
             "trainable_parameters": trainable,
-            "trainable_share": trainable / (sum(parameter.numel() for parameter in parameters) - trainable),
+            "trainable_share": trainable / _base_size(parameters),
             "steps": state.global_step,
             "seconds": seconds,
             "tokens": state.num_input_tokens_seen,
@@ -109,6 +118,12 @@ class _Record(TrainerCallback):
             "losses": _losses(state),
         }
         write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", MARK), record)
+
+
+def _base_size(parameters: list[torch.nn.Parameter]) -> int:
+    """The number of parameters of the base model: those that are not trained, unless all are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    return sum(size for size, trained in sizes if not trained) or sum(size for size, _ in sizes)
 
 
 def _losses(state) -> list[float]:

@@ -20,7 +20,16 @@ from trl_steer.eval.analysis.cli import MEASURES
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 FOLDERS = {"trl_steer.eval": "eval", "trl_steer.integrations": "integrations", "trl_steer": "trl_steer"}
 # The extra that each command is documented with; the others do with what the package itself requires.
-EXTRAS = {"demo": "demo", "analyze": "analysis", "compare": "eval", "lm-eval": "eval", "alpaca-eval": "alpaca"}
+EXTRAS = {
+    "demo": "demo",
+    "analyze": "analysis",
+    "compare": "eval",
+    "report": "reproduce",
+    "reproduce": "cluster",
+    "find-lr": "reproduce",
+    "lm-eval": "eval",
+    "alpaca-eval": "alpaca",
+}
 # Packages whose absence is no error: without Triton, which PyTorch's builds for GPUs bring, other operators are used.
 OPTIONAL = {"triton"}
 # Entry points of a module that also has one of a command with an extra.
@@ -149,6 +158,7 @@ COMMANDS = {
     "demo without scipy": ("demo --output {tmp}/run", "scipy", "demo"),
     "demo without gguf": ("demo --output {tmp}/run", "gguf", "demo"),
     "compare": ("compare {tmp}/run {tmp}/run", "scipy", "eval"),
+    "report": ("report {tmp}", "matplotlib", "reproduce"),
     "lm-eval": ("lm-eval run --tasks steer_six", "lm_eval", "eval"),
     "a model at an endpoint": (
         "alpaca-eval generate --model m --endpoint http://localhost:1/v1 --output {tmp}/out",

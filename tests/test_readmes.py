@@ -40,6 +40,8 @@ OPTIONS = [
     (r"^trl-steer analyze (?!inspect|extract)", "--rows 4 --max_length 64"),
     (r"^trl-steer analyze (oracle|distill|lora)", "--rows 12"),
     (r"^trl-steer demo --method (\w+)", r"--fast --output demo-run/\1-seed0"),
+    (r"^trl-steer reproduce table1 .*--tiny", "--rows 'Ours r=8' --seeds 0"),
+    (r"^trl-steer reproduce smollm2", "--tiny --rows 'Ours (1-vec)'"),
     (r"^trl-steer (sft|joint) (?!.*--dry_run)", "--max_steps 2"),
     (r"gsm8k_grpo\.py", "--max_steps 1 --max_completion_length 4 --use_cpu --bf16 false"),
     (r"--report_to tensorboard", "--report_to none"),
@@ -63,7 +65,13 @@ SIZES = [
 # Pages whose blocks continue each other, such as the cells of a notebook.
 CONTINUED = ("integrations/trl/steering.ipynb",)
 # Blocks that nothing runs: page, how the block begins, why.
-NOT_RUN: list[tuple[str, str, str]] = []
+NOT_RUN: list[tuple[str, str, str]] = [
+    (
+        "eval/reproduce/README.md",
+        "trl-steer find-lr",
+        "It takes minutes until the accuracies of a tiny model tell rates apart; test_find_lr.py runs it.",
+    )
+]
 LANGUAGES_THAT_RUN = ("python", "bash")
 OTHER_LANGUAGES = ("bibtex", "text", "yaml", "json")
 

@@ -1,13 +1,22 @@
 """Intervals and tests against the textbook's formulas, written out here."""
 
+import gc
+import itertools
 import math
 import statistics
 
+import numpy as np
 import pytest
+import scipy.stats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
 
 from trl_steer.statistics import (
     binomial_standard_error,
     exact_mcnemar,
+    exact_sign_flip,
+    holm,
     paired_bootstrap,
     t_interval,
     wilson_interval,
@@ -110,3 +119,64 @@ def test_students_interval_of_one_value_is_infinite_and_of_none_an_error():
     assert t_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
     with pytest.raises(ValueError, match="at least one value"):
         t_interval([])
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
+@settings(deadline=None)
+def test_sign_flips_are_those_of_all_combinations_of_signs(differences):
+    flipped = [
+        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    at_least = sum(value >= abs(sum(differences)) for value in flipped) / len(flipped)
+    assert exact_sign_flip(differences) == pytest.approx(at_least, abs=1e-12)
+
+
+def test_sign_flips_agree_with_scipy():
+    differences = [3, -1, 2, 2, 0, 5, -2, 1, 4, 3, -1, 2]
+    expected = scipy.stats.permutation_test(
+        (np.array(differences),), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert exact_sign_flip(differences) == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 5))
+@settings(deadline=None)
+def test_sign_flips_of_single_answers_are_mcnemars_test(wins, losses, both):
+    ours, theirs = answers(wins=wins, losses=losses, both=both)
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    expected = exact_mcnemar(ours, theirs, alternative="two-sided")
+    assert exact_sign_flip(differences) == pytest.approx(expected, abs=1e-12)
+
+
+def test_sign_flips_of_a_large_test_set_are_fast_and_keep_small_p_values():
+    assert exact_sign_flip([5] * 400) == pytest.approx(2 * 0.5**400, rel=1e-9)
+    assert exact_sign_flip([1, -1] * 2000 + [3, -3] * 500) == 1.0
+    assert exact_sign_flip([]) == 1.0
+
+
+@pytest.fixture
+def frozen():
+    """statsmodels collects garbage in each call, which takes long with many modules loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_holms_correction_agrees_with_statsmodels(frozen, p_values):
+    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]), abs=1e-12)
+
+
+def test_holms_correction_by_hand():
+    # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2, which stays at the 0.06 before it, and 0.5 * 1.
+    assert holm([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_holms_correction_of_something_else_than_p_values_is_an_error(value):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, value])

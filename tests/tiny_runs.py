@@ -10,6 +10,7 @@ from tiny_chat import tiny_model, tiny_tokenizer
 
 from trl_steer.eval import runs
 from trl_steer.eval.demo import preset
+from trl_steer.eval.settings import Method
 from trl_steer.files import read_json
 
 
@@ -19,7 +20,7 @@ def save_checkpoint(folder: Path) -> str:
     return str(folder)
 
 
-def settings(model: str, method: runs.Method = "low_rank", seed: int = 0, train: int = 18) -> runs.Settings:
+def settings(model: str, method: Method = "low_rank", seed: int = 0, train: int = 18) -> runs.Settings:
     """A step for each example, so that there are more of them than lie between two checkpoints."""
     made = preset.settings(method, seed, model, train=train, held_out=4).to_dict()
     made["training"] = {**made["training"], "per_device_train_batch_size": 1, "max_grad_norm": 0.5}
@@ -34,7 +35,10 @@ def outcome(run: runs.Run) -> dict:
         "files": sorted(str(file.relative_to(run.folder)) for file in run.folder.rglob("*")),
         "adapter": (run.adapter / "adapter_model.safetensors").read_bytes(),
         "training": {name: value for name, value in run.training.items() if name not in varying},
-        "scores": {file.name: read_json(file) for file in run.folder.glob("scores/*.json")},
+        "scores": {
+            file.name: {name: value for name, value in read_json(file).items() if name not in varying}
+            for file in run.folder.glob("scores/*.json")
+        },
     }
 
 

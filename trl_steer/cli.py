@@ -21,6 +21,9 @@ COMMANDS = {
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
     "analyze": ("trl_steer.eval.analysis.cli:main", "measure what the paper measures, on models, adapters and texts"),
     "compare": ("trl_steer.eval.reproduce.compare:main", "compare two runs on the same examples with a paired test"),
+    "reproduce": ("trl_steer.eval.reproduce.cli:main", "make the runs of a study, such as the paper's tables"),
+    "find-lr": ("trl_steer.eval.reproduce.find_lr:main", "find a learning rate for a model, a task and a method"),
+    "report": ("trl_steer.eval.report.cli:main", "tables, tests, pictures and a CSV file of a study"),
     "lm-eval": ("trl_steer.integrations.lm_eval.launcher:main", "lm-evaluation-harness with our adapters and tasks"),
     "tasks": (
         "trl_steer.integrations.lm_eval.launcher:print_tasks_folder",

@@ -4,6 +4,7 @@ scipy is imported inside the functions, because it is only installed with the ex
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -87,7 +88,13 @@ def paired_bootstrap(
     if not differences.any():
         return mean, (0.0, 0.0)
     found = bootstrap(
-        (differences,), np.mean, n_resamples=samples, confidence_level=level, method="percentile", rng=seed
+        (differences,),
+        np.mean,
+        n_resamples=samples,
+        batch=max(1, 4_000_000 // len(differences)),  # memory for 4 million values, with the same result
+        confidence_level=level,
+        method="percentile",
+        rng=seed,
     )
     low, high = found.confidence_interval
     return mean, (float(low), float(high))
@@ -108,6 +115,61 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         return float("-inf"), float("inf")
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
     return mean - half, mean + half
+
+
+def exact_sign_flip(differences: Sequence[int]) -> float:
+    """Two-sided p-value of the exact sign-flip test (Fisher's randomization test) on paired differences.
+
+    Under the null hypothesis, the two sides of a pair can be exchanged: each difference has its sign with probability
+    1/2. The p-value is the probability that the absolute value of the sum is at least the observed one. If all
+    differences are -1, 0 or 1, this is the exact McNemar test; with several seeds, a difference is the number of seeds
+    in which only one side answers the example correctly, minus that of the other side.
+
+    Args:
+        differences (`Sequence[int]`): The difference of each pair.
+    """
+    import numpy as np
+
+    sizes = Counter(abs(value) for value in differences if value)
+    # The probability of each sum from -total to total. Only every second one is possible, or fewer.
+    probabilities = np.ones(1)
+    for size, count in sorted(sizes.items()):
+        of_size = np.zeros(2 * size * count + 1)
+        of_size[:: 2 * size] = _fair_coins(count)
+        probabilities = np.convolve(probabilities, of_size)
+    total = sum(size * count for size, count in sizes.items())
+    observed = abs(sum(differences))
+    if not observed:
+        return 1.0
+    return min(1.0, 2 * float(probabilities[total + observed :].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of a family of tests after Holm's correction (1979), in the same order.
+
+    The probability of at least one false rejection is at most the level, however the tests depend on each other. The
+    smallest of `n` p-values is multiplied by `n`, the next one by `n - 1`, and so on. None becomes smaller than the
+    one before it, or larger than 1.
+
+    Raises:
+        ValueError: A p-value is not between 0 and 1.
+    """
+    if not all(0 <= value <= 1 for value in p_values):
+        raise ValueError(f"Expected p-values between 0 and 1, got {list(p_values)}.")
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def _fair_coins(count: int) -> list[float]:
+    """The probabilities of 0 to `count` heads, rounded only once, so that simple fractions are exact."""
+    found, ways = [], 1
+    for heads in range(count + 1):
+        found.append(ways / 2**count)
+        ways = ways * (count - heads) // (heads + 1)
+    return found
 
 
 def _check_counts(hits: int, total: int) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from trl_steer.extras import require
 from trl_steer.files import read_json
 
+from ..report.paper import TABLE_3
 from .generation import SETTINGS
 from .judging import NUMBERS, RESULT
 
@@ -31,16 +32,7 @@ class Row(NamedTuple):
     doubts: Sequence[str] = ()
 
 
-# Table 3, Llama-3.1-8B on Alpaca-Cleaned: method, trainable share, LC win rate, standard error.
-PAPER = [
-    Row("Full SFT", "100%", (11.49, 0.51, None, None)),
-    Row("Post-block steering, nonlinear, r=16", "0.05%", (11.34, 0.48, None, None)),
-    Row("Post-block steering, linear, r=16", "0.05%", (11.00, 0.53, None, None)),
-    Row("LoRA, r=16", "0.52%", (9.59, 0.40, None, None)),
-    Row("LoRA, r=8", "0.26%", (10.52, 0.48, None, None)),
-    Row("ReFT, all layers", "0.05%", (10.96, 0.43, None, None)),
-    Row("ReFT, 4 layers", "0.004%", (9.50, 0.49, None, None)),
-]
+PAPER = [Row(name, f"{share:g}%", (rate, error, None, None)) for name, share, rate, error in TABLE_3]
 
 
 def read(path: Path) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_steer.files import write_bytes
+
+from . import figures
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,7 @@ def write(report: Report, folder: Path, stem: str, command: Sequence[str]) -> li
     files: dict[str, bytes] = {}
     picture = ""
     if report.figure is not None:
-        buffer = io.BytesIO()
-        # Without the version of matplotlib, so that the same numbers give the same file.
-        report.figure.savefig(buffer, format="png", metadata={"Software": None})
-        files["png"] = buffer.getvalue()
+        files["png"] = figures.png(report.figure)
         picture = f"![{report.title}]({stem}.png)\n\n"
     files["md"] = f"# {report.title}\n\n`{line}`\n\n{picture}{report.summary.strip()}\n".encode()
     content = {"command": line, **report.results}
@@ -63,9 +61,12 @@ def write(report: Report, folder: Path, stem: str, command: Sequence[str]) -> li
     return paths
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table. Numbers are aligned on the right, and floats have three digits."""
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int | None = None) -> str:
+    """A Markdown table. Floats have three digits. Columns of numbers are aligned on the right, or all after the first
+    `left`."""
     cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     numeric = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    if left is not None:
+        numeric = [i >= left for i in range(len(header))]
     marks = ["---:" if right else "---" for right in numeric]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, marks, *cells))

@@ -2,15 +2,19 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from trl_steer import presets
 
 from ..models import EMBEDDED
-from ..runs import METHODS, Method, Settings
+from ..settings import Method, Settings, of_preset
 
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 480, 200
 FAST_TRAIN_EXAMPLES, FAST_HELD_OUT_EXAMPLES = 64, 50
+
+BENCHMARK, TASK = "listops_synthetic", "steer_listops_synthetic"
+# Full fine-tuning would leave half a gigabyte.
+METHODS: tuple[Method, ...] = get_args(presets.AdapterMethod)
 
 # A completion has 18 characters, so at most 18 tokens.
 SCORING: dict[str, Any] = {"batch_size": 50, "gen_kwargs": {"max_gen_toks": 18}}
@@ -26,21 +30,15 @@ def settings(
     held_out: int = HELD_OUT_EXAMPLES,
 ) -> Settings:
     """The settings of a run of the demo. The seed is also that of the examples."""
-    values = presets.settings("default", method, "listops_synthetic").values
-    steering: dict[str, Any] = {name: values.pop(name) for name in ("site", "positions") if name in values}
-    of_the_adapter = ("lora_", "steering_init_scale")  # the same as the defaults of the configurations
-    training = {name: value for name, value in values.items() if not name.startswith(of_the_adapter)}
     return Settings(
         method=method,
         model=model,
-        benchmark="listops_synthetic",
+        benchmark=BENCHMARK,
         source={"seed": seed, "train": train, "validation": 0, "test": held_out, **TOKENS},
-        task="steer_listops_synthetic",
+        task=TASK,
         seed=seed,
-        r=8,
-        training={"max_length": None, **training},
         scoring=SCORING,
-        steering=steering,
+        **of_preset("default", method, BENCHMARK),
     )
 
 

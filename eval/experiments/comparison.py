@@ -24,6 +24,7 @@ from trl_steer.statistics import exact_mcnemar, paired_bootstrap, t_interval, wi
 from .. import runs
 from ..console import Console
 from ..demo import preset
+from ..settings import Method
 
 
 class Comparison(NamedTuple):
@@ -37,8 +38,8 @@ class Comparison(NamedTuple):
     """
 
     title: str
-    methods: dict[runs.Method, str]
-    ours: runs.Method
+    methods: dict[Method, str]
+    ours: Method
 
 
 COMPARISONS = {
@@ -53,12 +54,11 @@ COMPARISONS = {
         "low_rank",
     ),
 }
-TASK = preset.settings().task
-Runs = Mapping[runs.Method, runs.Run]
+Runs = Mapping[Method, runs.Run]
 
 
 def train_and_score(
-    methods: Sequence[runs.Method], seeds: Sequence[int], folder: Path, demo_arguments: Sequence[str] = ()
+    methods: Sequence[Method], seeds: Sequence[int], folder: Path, demo_arguments: Sequence[str] = ()
 ) -> dict[int, Runs]:
     """Makes the run `METHOD-seedN` for every method and seed. Returns the runs of the seeds for which none failed."""
     parser = argparse.ArgumentParser()
@@ -87,7 +87,7 @@ def summarize(made: Mapping[int, Runs], comparison: Comparison) -> dict:
     rows, correct = {}, {}
     for method in comparison.methods:
         of_method = [of_seed[method] for of_seed in made.values()]
-        correct[method] = per_seed = [run.correct(TASK) for run in of_method]
+        correct[method] = per_seed = [run.correct(preset.TASK) for run in of_method]
         accuracies = [statistics.fmean(answers) for answers in per_seed]
         rows[method] = {
             "accuracies": accuracies,

@@ -28,8 +28,9 @@ from ..analysis import figures
 from ..analysis.report import Report, table, write
 from ..console import Console
 from ..demo import preset
+from ..settings import Method
 
-METHOD: runs.Method = "low_rank"
+METHOD: Method = "low_rank"
 RANK = 8
 BASE, FINE_TUNED, DISTILLED = "base model", "full fine-tune", "distilled, without training"
 FROM_ZERO, CONTINUED = "trained from zero", "trained from the distilled adapter"
@@ -108,7 +109,7 @@ def correct(name: str, seed: int, folder: Path, model: str, adapter: Path | None
 
         console.start(1)
         console.step(f"Scoring {name}")
-        scores = score(preset.settings(METHOD, seed), model, adapter, runs.TASKS, console)
+        scores = score(preset.settings(METHOD, seed), preset.TASK, model, adapter, runs.TASKS, console)
         write_json(file, scores)
         console.end(f"accuracy {scores['accuracy']:.3f}")
     return [example["correct"] for example in read_json(file)["examples"]]
@@ -133,7 +134,7 @@ def measure(seed: int, folder: Path, steps: int | None, rate: float, console: Co
             steering={"init_from": str(adapter.resolve())},
         )
         trained[CONTINUED] = runs.make(short, folder / f"continued-{steps}-{rate:g}-seed{seed}", report=console)
-    answers |= {name: run.correct(settings.task) for name, run in trained.items()}
+    answers |= {name: run.correct(preset.TASK) for name, run in trained.items()}
     record = read_json(adapter / "distillation.json")
     accuracy = {name: sum(right) / len(right) for name, right in answers.items()}
     made = {name: run.training["steps"] for name, run in trained.items()}

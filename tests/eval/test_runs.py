@@ -113,7 +113,7 @@ def test_scores_are_told_apart_by_the_strict_filter_where_there_are_several(sett
     ]
     results = {"samples": {TASK: samples}, "results": {TASK: {"exact_match,strict": 0.0, "exact_match,flexible": 1.0}}}
     monkeypatch.setattr(scoring.lm_eval, "simple_evaluate", lambda **_: results)
-    scores = scoring.score(settings, settings.model, None, runs.TASKS, Report())
+    scores = scoring.score(settings, TASK, settings.model, None, runs.TASKS, Report())
     assert (scores["filter"], scores["accuracy"]) == ("strict", 0.0)
     assert [example["correct"] for example in scores["examples"]] == [False]
 

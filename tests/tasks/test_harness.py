@@ -30,6 +30,7 @@ ALL_NAMES = {
     "steer_six_val",
     "steerling_six",
     SYNTHETIC,
+    f"{SYNTHETIC}_val",
     *SIX,
     *STEERLING,
     *(f"{name}_val" for name in SIX),
@@ -70,10 +71,11 @@ def test_oracle_and_garbage_as_the_authors_code_scores_them(hub):
         )
 
 
-def test_oracle_and_garbage_on_the_synthetic_task(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [SYNTHETIC, f"{SYNTHETIC}_val"])
+def test_oracle_and_garbage_on_the_synthetic_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluate(oracle(), [SYNTHETIC], FAST_SYNTHETIC)[SYNTHETIC]["exact_match,strict"] == 1.0
-    assert evaluate(garbage(), [SYNTHETIC], FAST_SYNTHETIC)[SYNTHETIC]["no_answer,strict"] == 1.0
+    assert evaluate(oracle(), [name], FAST_SYNTHETIC)[name]["exact_match,strict"] == 1.0
+    assert evaluate(garbage(), [name], FAST_SYNTHETIC)[name]["no_answer,strict"] == 1.0
 
 
 def test_wrong_answers_are_no_unread_answers(hub):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import paper_models
 import pytest
 import torch
 from head_cases import BASES, NUM_HEADS, assert_equal, double_model, run, run_plainly, steered, tensors_of
@@ -73,58 +74,21 @@ def test_a_new_adapter_is_close_to_the_base_model_and_not_it(row):
     assert 0 < (logits(model) - expected).norm() < 0.05 * expected.norm()
 
 
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "num_attention_heads": 32}
-# name: configuration, LoFiT's parameters, JoLA's
-MODELS = {
-    "Llama-3.2-1B": (
-        {**LLAMA, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8, "head_dim": 64},
-        *(32_768, 66_560),
-    ),
-    "Gemma-3-1B": (
-        {
-            "model_type": "gemma3_text",
-            "vocab_size": 262144,
-            "hidden_size": 1152,
-            "intermediate_size": 6912,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-        },
-        *(26_624, 53_456),
-    ),
-    "Qwen3-4B": (
-        {
-            "model_type": "qwen3",
-            "vocab_size": 151936,
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-        *(147_456, 297_216),
-    ),
-    "Llama-3.1-8B": (
-        {
-            **LLAMA,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-        },
-        *(131_072, 264_192),
-    ),
+# LoFiT's parameters and JoLA's
+COUNTS = {
+    "Llama-3.2-1B": (32_768, 66_560),
+    "Gemma-3-1B": (26_624, 53_456),
+    "Qwen3-4B": (147_456, 297_216),
+    "Llama-3.1-8B": (131_072, 264_192),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_trainable_parameters_are_those_of_the_paper(name):
-    fields, lofit, jola = MODELS[name]
+    lofit, jola = COUNTS[name]
     for config, expected in ((LofitConfig(), lofit), (JolaConfig(), jola)):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**paper_models.CONFIGS[name]))
         assert get_peft_model(model, config).get_nb_trainable_parameters()[0] == expected
 
 

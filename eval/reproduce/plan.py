@@ -1,0 +1,144 @@
+"""What a study will do and has done: its size, trainable parameters, and the time that is left."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from .. import models
+from ..settings import Settings
+from .results import Result, best_rates, result_of
+from .study import Study
+
+
+class Trainable(NamedTuple):
+    """
+    The trainable parameters of a row on a model.
+
+    Attributes:
+        parameters (`int`): Their number.
+        share (`float`): Their share of the number of parameters of the base model.
+    """
+
+    parameters: int
+    share: float
+
+
+def found_in(study: Study, folder: Path) -> list[Result]:
+    """The cells of a study with what its folder has of them, also where the folder does not exist."""
+    first = [result_of(cell, folder) for cell in study.rate_cells()]
+    return first + [result_of(cell, folder) for cell in study.test_cells(best_rates(first))]
+
+
+def seconds_left(found: Sequence[Result], size: int) -> float | None:
+    """The time for all cells that are not finished, one after the other, in seconds.
+
+    A cell takes as long as finished ones of the same model, task and row, or of the same model and task, or as all.
+
+    Args:
+        found (`list[Result]`): The cells that are known.
+        size (`int`): The number of all cells.
+
+    Returns:
+        `float`: `None` if no cell is finished.
+    """
+    known: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for result in found:
+        if result.run is not None:
+            seconds, cell = _seconds(result), result.cell
+            for key in ((cell.model, cell.task, cell.row), (cell.model, cell.task), ()):
+                known[key].append(seconds)
+    if () not in known:
+        return None
+    left = 0.0
+    for result in found:
+        if result.run is None and result.failure is None:
+            cell = result.cell
+            keys: tuple[tuple[str, ...], ...] = ((cell.model, cell.task, cell.row), (cell.model, cell.task), ())
+            left += fmean(next(known[key] for key in keys if key in known))
+    return left + (size - len(found)) * fmean(known[()])
+
+
+def trainable(settings: Settings) -> Trainable:
+    """The trainable parameters of a run, counted on the meta device from the configuration of its model.
+
+    Raises:
+        OSError: The configuration cannot be read.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..training import peft_config
+
+    config = AutoConfig.from_pretrained(models.resolve(settings.model, lambda text: None))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    base, adapter = model.num_parameters(), peft_config(settings)
+    if adapter is None:
+        return Trainable(base, 1.0)
+    steered = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    parameters = steered.get_nb_trainable_parameters()[0]
+    return Trainable(parameters, parameters / base)
+
+
+def describe(study: Study, folder: Path, workers: int) -> list[str]:
+    """The lines of `--dry-run`."""
+    found, size = found_in(study, folder), study.size()
+    rates = sum(1 for _ in study.rate_cells())
+    lines = [
+        f"{study.name}: {study.title}",
+        f"models: {', '.join(model.label for model in study.models)}",
+        f"tasks: {', '.join(task.name for task in study.tasks)}",
+        f"cells: {size}, {rates} to choose rates on validation and {size - rates} on test",
+        *status(found, size, workers),
+    ]
+    unknown = False
+    for model in study.models:
+        lines += ["", f"{model.label} ({model.name}, {model.dtype})"]
+        for row in study.rows:
+            task = study.tasks[0]
+            chosen = study.rates_of(row, task)
+            settings = study.settings("test", model, task, row, chosen[0], 0)
+            try:
+                counted = "{:>13,} {:9.4%}".format(*trainable(settings))
+            except (OSError, ValueError):
+                counted, unknown = f"{'unknown':>13} {'':9}", True
+            lines.append(f"  {counted}  {row.name}: {row.method}, {', '.join(f'{rate:g}' for rate in chosen)}")
+    if unknown:
+        lines += ["", "Trainable parameters are unknown where the configuration of the model cannot be read."]
+    if study.guessed:
+        lines += ["", "Guessed:", *(f"- {guess}" for guess in study.guessed)]
+    return lines
+
+
+def status(found: Sequence[Result], size: int, workers: int = 1) -> list[str]:
+    """The progress of a study in lines."""
+    counts = Counter(
+        "left" if result.run is None and result.failure is None else "finished" if result.run else _kind(result)
+        for result in found
+    )
+    counts["left"] += size - len(found)
+    line = ", ".join(f"{counts[name]} {name}" for name in ("finished", "diverged", "failed", "left") if counts[name])
+    left = seconds_left(found, size)
+    if not counts["left"]:
+        return [line]
+    time = "unknown until a cell is finished" if left is None else f"about {_duration(left / workers)}"
+    return [line, f"time left with {workers} worker{'s' if workers > 1 else ''}: {time}"]
+
+
+def _kind(result: Result) -> str:
+    return "diverged" if result.failure is not None and result.failure.diverged else "failed"
+
+
+def _seconds(result: Result) -> float:
+    run: Any = result.run
+    task = result.cell.settings.task
+    return run.training["seconds"] + (run.scores(task).get("seconds", 0.0) if task is not None else 0.0)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,98 @@
+"""The folder of a study, which is its record.
+
+study.yaml            the study, with everything resolved
+cells/<hash>/         a finished run, see `runs`; the hash is that of its settings
+running/<hash>/       an unfinished one
+failed/<hash>.json    why a cell failed: `reason`, `attempts`, `diverged`
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trl_steer.files import read_json
+
+from ..runs import Run
+from .study import STUDY, Cell, load
+
+CELLS, RUNNING, FAILED = "cells", "running", "failed"
+
+
+class Failure(NamedTuple):
+    """
+    Why a cell failed.
+
+    Attributes:
+        reason (`str`): The error in one line.
+        attempts (`int`): How often it was tried.
+        diverged (`bool`): Whether training diverged.
+    """
+
+    reason: str
+    attempts: int
+    diverged: bool
+
+
+class Result(NamedTuple):
+    """
+    A cell, and its run or failure if it has one.
+
+    Attributes:
+        cell (`Cell`): The cell.
+        run (`Run`, *optional*): Its run if it is finished.
+        failure (`Failure`, *optional*): Its failure.
+    """
+
+    cell: Cell
+    run: Run | None
+    failure: Failure | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy. 0 if training diverged, and `None` without a result or for a task that is not evaluated."""
+        if self.run is not None and self.cell.settings.task is not None:
+            return self.run.scores(self.cell.settings.task)["accuracy"]
+        return 0.0 if self.failure is not None and self.failure.diverged else None
+
+
+def results(folder: Path) -> Iterator[Result]:
+    """The cells of a study with their runs and failures, in the order of the study.
+
+    Cells of the second stage follow where the rate of their row is chosen, which needs a finished or diverged cell for
+    every rate, or a failed one.
+
+    Raises:
+        StudyError: The folder has no study.
+    """
+    study = load(folder / STUDY)
+    first = [result_of(cell, folder) for cell in study.rate_cells()]
+    yield from first
+    for cell in study.test_cells(best_rates(first)):
+        yield result_of(cell, folder)
+
+
+def result_of(cell: Cell, folder: Path) -> Result:
+    """A cell with what the folder of a study has of it."""
+    run = Run(folder / CELLS / cell.key)
+    if run.folder.is_dir():
+        return Result(cell, run, None)
+    try:
+        return Result(cell, None, Failure(**read_json(folder / FAILED / f"{cell.key}.json")))
+    except FileNotFoundError:
+        return Result(cell, None, None)
+
+
+def best_rates(first: Sequence[Result]) -> dict[tuple[str, str, str], float]:
+    """The best rate by model, task and row: that of the highest accuracy, the lowest one if several have it.
+
+    A row is left out while a cell is unfinished, and if no cell was finished without diverging.
+    """
+    by_row: dict[tuple[str, str, str], list[Result]] = {}
+    for result in first:
+        by_row.setdefault((result.cell.model, result.cell.task, result.cell.row), []).append(result)
+    best = {}
+    for row, found in by_row.items():
+        finished = [(-(result.accuracy or 0.0), result.cell.rate) for result in found if result.run is not None]
+        if finished and all(result.run or result.failure for result in found):
+            best[row] = min(finished)[1]
+    return best
