@@ -54,10 +54,16 @@ class Steering(NamedTuple):
 
 
 def peft_type_of(folder: str) -> str | None:
-    """The type of the adapter in a folder, `None` if its configuration does not say."""
+    """The type of the adapter in a folder, `None` if its configuration does not say.
+
+    Raises:
+        ValueError: The configuration is not a regular file, which vLLM might read for ever.
+    """
     path = Path(folder, "adapter_config.json")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file.")
     try:
-        config = json.loads(path.read_bytes()) if path.is_file() else None
+        config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     found = config.get("peft_type") if isinstance(config, dict) else None

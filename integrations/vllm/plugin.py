@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # The versions that the tests were run with.
 SUPPORTED = SpecifierSet("==0.32.*")
 # Names in vLLM that are replaced, overridden or called here -> the arguments of functions, `None` for other objects.
-_RELIED_ON: dict[str, tuple[str, ...] | None] = {
+RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager": None,
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._manager_cls": None,
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.__init__": (
@@ -78,7 +78,7 @@ def why_not() -> str | None:
         return f"it knows vLLM {SUPPORTED}, and this is {vllm.__version__}"
     if importlib.util.find_spec("peft") is None:
         return "the package peft, which reads adapter folders, is not installed"
-    for name, arguments in _RELIED_ON.items():
+    for name, arguments in RELIED_ON.items():
         problem = _problem(name, arguments)
         if problem is not None:
             return f"this vLLM {vllm.__version__} {problem}"

@@ -39,7 +39,7 @@ def answer_with_status_400(serving_models: Any) -> None:
         reason = None if error is None else reason_in(error.message)
         if reason is None:
             return answer
-        message = f"The adapter {request.lora_name!r} in {request.lora_path} cannot be served: {reason}"
+        message = f"The adapter {request.lora_name!r} cannot be served: {reason}"
         return create_error_response(message=message, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
 
     serving_models.load_lora_adapter = load_lora_adapter

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, get_args
 
 from trl_steer.checkpoint_names import check_folder
 
+# What `vllm serve` runs. The command itself does not start in the builds for CPUs, whose package has another name.
+SERVER = "vllm.entrypoints.openai.api_server"
 # Options of vLLM that follow from the adapters.
 _OURS = ("--lora-modules", "--enable-lora")
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer serve") -> in
                 "describes."
             )
         needs = needs_of(adapters)
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", parsed.model]
+        command = [sys.executable, "-m", SERVER, "--model", parsed.model]
         command += [*options(adapters, needs.rank), *others]
         environment = {**_variables(needs), **os.environ}
     except (ImportError, OSError, TypeError, ValueError) as error:
