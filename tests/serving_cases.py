@@ -1,4 +1,4 @@
-"""What the tests of serving share: adapters, PEFT's probabilities of an engine's answers, and vLLM in other processes."""
+"""What the tests of serving share: adapters, what PEFT says about an engine's answers, and vLLM in other processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,8 +77,8 @@ def write_adapters(model: str, folder: Path, configs: Mapping[str, PeftConfig], 
 def assert_is_of_peft(answers: Sequence[Answer], model: PreTrainedModel, adapter: Path | None) -> None:
     """Checks that answers are the greedy ones of the model that PEFT loads, and the probabilities too.
 
-    Where the two best tokens are closer than twice the tolerance, either may be chosen. The next token is compared after
-    the one that was.
+    Where the two best tokens are closer than twice the tolerance, either may be chosen. The next token is compared
+    after the one that was.
     """
     steered: Any = model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval()
     try:
@@ -100,22 +101,28 @@ def is_different(answer: Answer, other: Answer) -> bool:
     return answer.tokens != other.tokens or any(abs(one - two) > 10 * TOLERANCE for one, two in pairs)
 
 
-def run_engine(model: str, requests: Sequence[tuple[list[int], str | None]], **options: Any) -> list[Answer]:
+def run_engine(
+    model: str,
+    requests: Sequence[tuple[list[int], str | None]],
+    variables: Mapping[str, str] | None = None,
+    **options: Any,
+) -> list[Answer]:
     """Runs requests in an engine in another process, all at once.
 
     Args:
         model (`str`): Folder of the model.
         requests (`Sequence[tuple[list[int], str | None]]`): Token ids, and the folder of the adapter or `None`.
+        variables (`Mapping[str, str]`, *optional*): Variables of its environment.
         options: Arguments of `vllm.LLM`, and `new_tokens`.
     """
     job = json.dumps({"model": model, "requests": requests, **options})
-    program = Path(__file__).with_name("vllm_engine.py")
-    environment = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    ran = subprocess.run(
-        [sys.executable, str(program)], input=job, capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-8000:]
-    return [Answer(*fields) for fields in json.loads(ran.stdout.splitlines()[-1])]
+    environment = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(variables or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        answers = Path(folder, "answers.json")
+        command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(answers)]
+        ran = subprocess.run(command, input=job, capture_output=True, text=True, env=environment, timeout=600)
+        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-8000:]
+        return [Answer(*fields) for fields in json.loads(answers.read_text())]
 
 
 class Server:

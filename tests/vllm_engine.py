@@ -1,7 +1,8 @@
-"""Answers requests with an engine of vLLM. Reads them as JSON, and writes the answers as the last line."""
+"""Answers requests with an engine of vLLM. Reads them as JSON, and writes the answers to a file."""
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -22,7 +23,7 @@ def main() -> None:
         tokens = list(output.outputs[0].token_ids)
         logprobs = [row[token].logprob for row, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
         answers.append([list(output.prompt_token_ids), tokens, logprobs])
-    print(json.dumps(answers))
+    Path(sys.argv[1]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ from .harness import Result, alternate, compare
 
 NAME = "serving"
 STOCK, BASE, LORA = "base model, vLLM alone", "base model", "LoRA r=8 all-linear"
-STEERING = {"low rank r=8": {"r": 8}, "SiLU r=8": {"r": 8, "activation": "silu"}, "vector": {"steering_type": "vector"}}
+STEERING: dict[str, dict[str, Any]] = {
+    "low rank r=8": {"r": 8},
+    "SiLU r=8": {"r": 8, "activation": "silu"},
+    "vector": {"steering_type": "vector"},
+}
 REQUESTS, TOKENS = 16, 64
 SLOTS = {"max_loras": 4, "max_lora_rank": 8}
 
@@ -63,7 +67,7 @@ def _write_adapters(model: str, folder: Path) -> dict[str, Any]:
         for name, fields in STEERING.items()
     }
     configs[LORA] = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-    for number, (name, config) in enumerate(configs.items()):
+    for number, config in enumerate(configs.values()):
         get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder / str(number))
     return {name: LoRARequest(name, number + 1, str(folder / str(number))) for number, name in enumerate(configs)}
 

@@ -148,7 +148,8 @@ def read_steering(folder: str, model: nn.Module, max_rank: int, dtype: torch.dty
             "larger one."
         )
     tensors = opened.tensors()
-    layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].steering_layer_cls
+    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    layer_cls = tuner_cls.steering_layer_cls
     check_steering_tensors(layer_cls, config, tensors)
     by_block = _by_block(tensors, f".{layer_cls.layer_name}.")
     _check_blocks(model, config, by_block)
@@ -178,9 +179,9 @@ def _check_blocks(model: nn.Module, config: Any, blocks: Mapping[str, Mapping[st
     missing, extra = [name for name in wanted if name not in blocks], sorted(blocks.keys() - set(wanted))
     if missing or extra:
         raise ValueError(
-            f"The blocks of the adapter are not those of the model: weights are missing for {_few(missing)}, and there "
-            f"are unexpected ones for {_few(extra)}. Check that it was trained on this model, and that its folder is "
-            "complete."
+            f"The blocks of the adapter are not those of the model: weights are missing for {_few(missing)}, and "
+            f"there are unexpected ones for {_few(extra)}. Check that it was trained on this model, and that its "
+            "folder is complete."
         )
     named = next(iter(blocks.values()))
     width, theirs = text_config(model).hidden_size, named.get("down", named.get("vector")).shape[-1]  # type: ignore[union-attr]

@@ -18,9 +18,9 @@ class Slots:
     """
     What the layers of all sites share: the columns of the adapters in vLLM's slots.
 
-    The layers compute the bottlenecks of all slots side by side, as `slots * (max_rank + 1)` columns, and keep for each
-    token those of its own adapter. The last column of each slot is the constant 1, whose row of `up` is the steering
-    vector.
+    The layers compute the bottlenecks of all slots side by side, as `slots * (max_rank + 1)` columns, and keep for
+    each token those of its own adapter. The last column of each slot is the constant 1, whose row of `up` is the
+    steering vector.
 
     Args:
         count (`int`): Number of slots.

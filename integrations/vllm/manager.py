@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import nn
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -135,8 +134,8 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
         known = {*self.modules, *(name for packed in self.packed_modules.values() for name in packed)}
         if not known & lora.loras.keys() and not self.is_split() and not self.is_pooling_model:
             raise ValueError(
-                f"No module of the model matches the LoRA adapter, which has weights for {next(iter(lora.loras), None)} "
-                "and others. Check that it was trained on this model."
+                "No module of the model matches the LoRA adapter, which has weights for "
+                f"{next(iter(lora.loras), None)} and others. Check that it was trained on this model."
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 from trl_steer.checkpoint_names import check_folder
 
 # What `vllm serve` runs. The command itself does not start in the builds for CPUs, whose package has another name.
-SERVER = "vllm.entrypoints.openai.api_server"
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
 # Options of vLLM that follow from the adapters.
 _OURS = ("--lora-modules", "--enable-lora")
 
@@ -34,24 +34,29 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer serve") -> in
     """Becomes vLLM's server. Returns an exit status only after an error, which is printed as one line."""
     parsed, others = _parser(prog).parse_known_args(argv)
     try:
-        adapters = _named(parsed.adapter)
-        for word in others:
-            if word.partition("=")[0] in _OURS:
-                raise ValueError(f"{word.partition('=')[0]} follows from --adapter NAME=FOLDER. Use that instead.")
-        check_folder(parsed.model)
-        if importlib.util.find_spec("vllm") is None:
-            raise ImportError(
-                "vLLM is not installed here. It needs an environment of its own, which integrations/vllm/README.md "
-                "describes."
-            )
-        needs = needs_of(adapters)
-        command = [sys.executable, "-m", SERVER, "--model", parsed.model]
-        command += [*options(adapters, needs.rank), *others]
-        environment = {**_variables(needs), **os.environ}
+        command, variables = _prepare(parsed.model, _named(parsed.adapter), others)
+        os.execve(sys.executable, command, {**variables, **os.environ})
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    os.execve(sys.executable, command, environment)
+    return 1
+
+
+def _prepare(model: str, adapters: dict[str, str], others: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line of the server, and variables of its environment."""
+    for word in others:
+        if word.partition("=")[0] in _OURS:
+            raise ValueError(f"{word.partition('=')[0]} follows from --adapter NAME=FOLDER. Use that instead.")
+    check_folder(model)
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "vLLM is not installed here. It needs an environment of its own, which integrations/vllm/README.md "
+            "describes."
+        )
+    from .adapter import ACTIVATIONS_VARIABLE, SITES_VARIABLE
+
+    needs = needs_of(adapters)
+    command = [sys.executable, "-m", SERVER, "--model", model, *options(adapters, needs.rank), *others]
+    return command, {SITES_VARIABLE: " ".join(needs.sites), ACTIVATIONS_VARIABLE: " ".join(needs.activations)}
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -128,9 +133,3 @@ def options(adapters: dict[str, str], rank: int) -> list[str]:
     sizes = ["--max-loras", str(len(adapters) + 1), "--max-lora-rank", str(allowed[0])]
     modules = [f"{name}={folder}" for name, folder in adapters.items()]
     return ["--enable-lora", *sizes, *(["--lora-modules", *modules] if modules else [])]
-
-
-def _variables(needs: Needs) -> dict[str, str]:
-    from .adapter import ACTIVATIONS_VARIABLE, SITES_VARIABLE
-
-    return {SITES_VARIABLE: " ".join(needs.sites), ACTIVATIONS_VARIABLE: " ".join(needs.activations)}

@@ -14,6 +14,7 @@ import torch
 from serving_cases import (
     BASE,
     WHY,
+    Answer,
     Server,
     assert_is_of_peft,
     is_different,
@@ -95,16 +96,24 @@ def test_forty_requests_at_once_get_the_answers_of_peft(server, folders, referen
     random.Random(0).shuffle(requests)
     answers = ask(server, requests)
     check(requests, answers, folders, reference)
-    of_base = {tuple(answer.prompt): answer for (name, _), answer in zip(requests, answers, strict=True) if name == BASE}
-    for (name, prompt), answer in zip(requests, answers, strict=True):
-        assert name == BASE or is_different(answer, of_base[tuple(prompt)])
+    pairs = list(zip((name for name, _ in requests), answers, strict=True))
+    of_base = {tuple(answer.prompt): answer for name, answer in pairs if name == BASE}
+    assert all(name == BASE or is_different(answer, of_base[tuple(answer.prompt)]) for name, answer in pairs)
 
 
-@pytest.mark.parametrize("last", ["lora", "joint", "vector"])
-def test_base_rows_are_those_of_the_base_model_beside_full_slots(last, server, folders, reference, prompts):
-    names = [*[name for name in ("low_rank", "silu", "wide", "lora") if name != last][:3], last, BASE]
-    requests = [(name, prompts[0], 24) for name in names]
-    check(requests, ask(server, requests), folders, reference)
+def test_base_rows_are_those_of_the_base_model_where_all_slots_have_lora(server, folders, others, reference, prompts):
+    with_lora = {
+        "lora": folders["lora"],
+        "joint": folders["joint"],
+        "lora-2": others["lora"],
+        "joint-2": others["joint"],
+    }
+    for name in ("lora-2", "joint-2"):
+        assert server.load(name, with_lora[name])[0] == 200
+    requests = [(name, prompts[0], 24) for name in (*with_lora, BASE)]
+    check(requests, ask(server, requests), with_lora, reference)
+    for name in ("lora-2", "joint-2"):
+        assert server.unload(name)[0] == 200
 
 
 def test_a_folder_under_another_name_and_after_unloading_under_the_same(server, folders, others, reference, prompts):
@@ -158,8 +167,6 @@ def test_a_request_that_runs_keeps_its_adapter_while_others_are_loaded(server, f
         assert server.load(f"other-{name}", folder)[0] == 200
     assert thread.is_alive()
     thread.join(300)
-    from serving_cases import Answer
-
     assert_is_of_peft([Answer(*running["answer"])], reference, folders["low_rank"])
     for name in others:
         assert server.unload(f"other-{name}")[0] == 200
