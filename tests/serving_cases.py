@@ -142,6 +142,8 @@ class Server:
         mine = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", BASE, "--dtype", "float32"]
         self.command = [sys.executable, "-m", "trl_steer.cli", "serve", model, *named, *mine, *options]
         self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.folder: Path | None = None  # the working directory
+        self.environment: Mapping[str, str] = ENVIRONMENT
         self.lines: list[str] = []
 
     def __enter__(self) -> Server:
@@ -157,7 +159,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=ENVIRONMENT,
+            cwd=self.folder,
+            env=self.environment,
             start_new_session=True,
         )
         ready = threading.Event()

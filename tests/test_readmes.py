@@ -61,8 +61,13 @@ SIZES = [
 ]
 # Pages whose blocks continue each other, such as the cells of a notebook.
 CONTINUED = ("integrations/trl/steering.ipynb",)
-# Blocks that nothing runs: page, how the block begins, why.
-NOT_RUN: list[tuple[str, str, str]] = []
+VLLM = "integrations/vllm/README.md"
+OF_SERVING = "tests/integrations/vllm/test_page.py runs it, in an environment of its own"
+# Blocks that nothing runs here: page, how the block begins, why.
+NOT_RUN: list[tuple[str, str, str]] = [
+    (VLLM, "pip install vllm", "installs it"),
+    *((VLLM, start, OF_SERVING) for start in ("trl-steer serve", "from openai", "curl", "from vllm", "lm_eval run")),
+]
 LANGUAGES_THAT_RUN = ("python", "bash")
 OTHER_LANGUAGES = ("bibtex", "text", "yaml", "json")
 
