@@ -48,16 +48,23 @@ FAMILIES: dict[str, dict[str, Place]] = {
 }
 
 
-def places_of(model: Any) -> dict[str, Place]:
-    """The places of the sites in the blocks of one of vLLM's models.
+def is_listed(model: Any) -> bool:
+    """Whether steering is served for one of vLLM's models."""
+    return type(model).__name__ in FAMILIES
+
+
+def place_of(model: Any, site: str) -> Place:
+    """The place of a site in the blocks of one of vLLM's models.
 
     Raises:
-        ValueError: The class of the model is not listed.
+        ValueError: The class of the model is not listed, or there is no such site.
     """
     name = type(model).__name__
-    if name not in FAMILIES:
+    if not is_listed(model):
         raise ValueError(
             f"Steering is not served for {name}, whose answers were not compared with PEFT's. It is for "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[name]
+    if site not in FAMILIES[name]:
+        raise ValueError(f"There is no site {site!r} in {name}; use one of {sorted(FAMILIES[name])}.")
+    return FAMILIES[name][site]

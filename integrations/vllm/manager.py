@@ -29,28 +29,32 @@ from .adapter import (
     peft_type_of,
     read_steering,
 )
-from .families import places_of
+from .families import is_listed, place_of
 from .layer import Slots, SteeringLayer, attach
 from .refusal import AdapterRefusedError
 
 
 class SteeredModel(LoRAModel):
-    """An adapter with steering, and perhaps LoRA, in the form of vLLM's LoRA adapters.
+    """An adapter with steering, and perhaps LoRA, in the form of vLLM's LoRA adapters."""
 
-    Args:
-        lora_model_id (`int`): vLLM's number of the adapter.
-        lora ([`LoRAModel`], *optional*): The LoRA half.
-        steering ([`Steering`]): The steering half.
-    """
+    activation: str | None = None
 
-    def __init__(self, lora_model_id: int, lora: LoRAModel | None, steering: Steering):
-        self.activation = steering.activation
+    @classmethod
+    def of(cls, lora_model_id: int, lora: LoRAModel | None, steering: Steering) -> SteeredModel:
+        """
+        Args:
+            lora_model_id (`int`): vLLM's number of the adapter.
+            lora ([`LoRAModel`], *optional*): The LoRA half.
+            steering ([`Steering`]): The steering half.
+        """
         loras = {} if lora is None else dict(lora.loras)
         ranks = {block: len(weights.down) for block, weights in steering.blocks.items()}
         for block, weights in steering.blocks.items():
             name = _layer_name(block, steering.site)
             loras[name] = LoRALayerWeights(name, ranks[block], 1, weights.down, weights.up, scaling=1.0)
-        super().__init__(lora_model_id, max(ranks.values()), loras)
+        model = cls(lora_model_id, max(ranks.values()), loras)
+        model.activation = steering.activation
+        return model
 
 
 class SteeringModelManager(LRUCacheLoRAModelManager):
@@ -77,15 +81,16 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
         config = self.lora_config
         self._slots = Slots(config.max_loras, config.max_lora_rank, config.lora_dtype, self.device)
         self._sites: set[str] = set()
-        for site in os.environ.get(SITES_VARIABLE, "" if self._is_eager else "post_block").split():
-            self._add_site(site)
+        if is_listed(self.model) and not self.is_split():
+            for site in os.environ.get(SITES_VARIABLE, "" if self._is_eager else "post_block").split():
+                self._add_site(site)
         for activation in os.environ.get(ACTIVATIONS_VARIABLE, "").split():
             self._slots.allow(activation)
 
     def _add_site(self, site: str) -> None:
         from trl_steer.tuners.steering.matching import find_blocks, text_config
 
-        place, width = places_of(self.model)[site], text_config(self.model).hidden_size
+        place, width = place_of(self.model, site), text_config(self.model).hidden_size
         for block in find_blocks(self.model):
             layer = SteeringLayer(width, self._slots)
             layer.set_mapping(self._get_punica_wrapper(block))
@@ -100,7 +105,7 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
         Raises:
             ValueError: It cannot be added, because the model is compiled.
         """
-        places_of(self.model)
+        place_of(self.model, steering.site)
         needed: list[tuple[str, str | None, Any, str, Any]] = [
             ("site", steering.site, self._sites, SITES_VARIABLE, self._add_site),
             ("activation", steering.activation, self._slots.activations, ACTIVATIONS_VARIABLE, self._slots.allow),
@@ -117,7 +122,8 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
     def activate_adapter(self, lora_id: int) -> bool:
         activated = super().activate_adapter(lora_id)
         if activated:
-            activation = getattr(self._registered_adapters[lora_id], "activation", None)
+            adapter = self._registered_adapters[lora_id]
+            activation = adapter.activation if isinstance(adapter, SteeredModel) else None
             self._slots.set_activation(self.lora_index_to_id.index(lora_id), activation)
         return activated
 
@@ -182,7 +188,7 @@ class SteeringWorkerManager(LRUCacheWorkerLoRAManager):
             config = self.lora_config
             steering = read_steering(steering_folder, manager.model, config.max_lora_rank, config.lora_dtype)
         manager.prepare(steering)
-        return SteeredModel(lora_request.lora_int_id, lora, steering)
+        return SteeredModel.of(lora_request.lora_int_id, lora, steering)
 
     def _read_lora(self, lora_request: Any) -> LoRAModel:
         lora = super()._load_adapter(lora_request)

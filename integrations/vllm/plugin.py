@@ -7,6 +7,7 @@ that this relies on is checked first. A version of vLLM without them is left as 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
 from typing import Any
