@@ -64,13 +64,17 @@ SIZES = [
 ]
 # Pages whose blocks continue each other, such as the cells of a notebook.
 CONTINUED = ("integrations/trl/steering.ipynb",)
-# Blocks that nothing runs: page, how the block begins, why.
+VLLM = "integrations/vllm/README.md"
+OF_SERVING = "tests/integrations/vllm/test_page.py runs it, in an environment of its own"
+# Blocks that nothing runs here: page, how the block begins, why.
 NOT_RUN: list[tuple[str, str, str]] = [
     (
         "eval/reproduce/README.md",
         "trl-steer find-lr",
         "It takes minutes until the accuracies of a tiny model tell rates apart; test_find_lr.py runs it.",
-    )
+    ),
+    (VLLM, "pip install vllm", "installs it"),
+    *((VLLM, start, OF_SERVING) for start in ("trl-steer serve", "from openai", "curl", "from vllm", "lm_eval run")),
 ]
 LANGUAGES_THAT_RUN = ("python", "bash")
 OTHER_LANGUAGES = ("bibtex", "text", "yaml", "json")
