@@ -146,7 +146,7 @@ def test_the_extra_that_is_named_where_a_package_is_missing_installs_it():
         for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
     }
-    assert {extra for extra, *_ in calls} >= {"eval", "demo", "alpaca", "analysis", "quant"}
+    assert {extra for extra, *_ in calls} >= {"eval", "demo", "alpaca", "analysis", "quant", "reproduce", "cluster"}
     assert {(extra, name) for extra, *names in calls for name in missing(set(names), extra)} == set()
 
 
@@ -167,6 +167,9 @@ COMMANDS = {
         "openai",
         "alpaca",
     ),
+    "a study": ("reproduce table1 --output {tmp}/study", "lm_eval", "eval"),
+    "a study on a cluster": ("reproduce table1 --engine ray --output {tmp}/study", "ray", "cluster"),
+    "a sweep": ("find-lr --output {tmp}/sweep", "optuna", "reproduce"),
     "judging": ("alpaca-eval judge {tmp}/model_outputs.json", "alpaca_eval", "alpaca"),
     "a measure": ("analyze inspect {tmp}", "matplotlib", "analysis"),
     "a plot": ("alpaca-eval report --paper --plot {tmp}/plot.png", "matplotlib", "alpaca"),

@@ -193,10 +193,10 @@ def test_commands_run(installed):
 
 
 def test_pickled_class_opens_in_another_process(installed):
-    code = "import pickle; from trl_steer.eval.runs import Settings; print(pickle.dumps(Settings).hex())"
+    code = "import pickle; from trl_steer.eval.settings import Settings; print(pickle.dumps(Settings).hex())"
     data = installed.run("-c", code).strip()
     code = f"import pickle; print(pickle.loads(bytes.fromhex({data!r})).__module__)"
-    assert installed.run("-c", code) == "trl_steer.eval.runs\n"
+    assert installed.run("-c", code) == "trl_steer.eval.settings\n"
 
 
 def test_editable_install_follows_the_checkout(source, tmp_path):

@@ -94,6 +94,14 @@ def test_the_bootstrap_repeats_itself_and_finds_nothing_where_nothing_differs():
     assert paired_bootstrap(ours, ours) == (0.0, (0.0, 0.0))
 
 
+def test_the_bootstrap_of_many_examples_is_scipys_though_it_is_computed_in_parts():
+    ours, theirs = answers(wins=400, losses=300, both=300)
+    expected = scipy.stats.bootstrap(
+        (np.subtract(ours, theirs, dtype=float),), np.mean, n_resamples=10_000, method="percentile", rng=0
+    )
+    assert paired_bootstrap(ours, theirs)[1] == tuple(expected.confidence_interval)
+
+
 def test_a_bootstrap_of_one_example_is_an_error():
     with pytest.raises(ValueError, match="at least two examples, got 1"):
         paired_bootstrap([True], [False])

@@ -50,8 +50,9 @@ def report(folder: Path, output: Path | None = None, paper: bool = False, overwr
         `Path`: The text of the report.
 
     Raises:
-        StudyError: `folder` has no study.
-        RunError: A run is damaged, or runs to be compared were evaluated on different examples.
+        StudyError: The study is invalid.
+        RunError: `folder` is not that of a study, a run is damaged, or runs to be compared were evaluated on different
+            examples.
         FileExistsError: `output` has other files, or a report that is not to be replaced.
     """
     require("reproduce", "matplotlib", "scipy")

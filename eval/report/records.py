@@ -121,9 +121,11 @@ def read(folder: Path) -> Record:
     """The record of a study.
 
     Raises:
-        StudyError: The folder has no study.
-        RunError: A run is damaged.
+        StudyError: The study is invalid.
+        RunError: The folder is not that of a study, or a run is damaged.
     """
+    if not (folder / STUDY).is_file():
+        raise RunError(f"{folder} has no {STUDY}. Give the output folder of `trl-steer reproduce`.")
     study = load(folder / STUDY)
     try:
         made = [_cell(result, folder) for result in results(folder)]

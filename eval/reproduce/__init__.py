@@ -1,1 +1,1 @@
-"""Comparisons of runs."""
+"""Studies: grids of runs, their engines and their record; sweeps over learning rates; comparisons of runs."""

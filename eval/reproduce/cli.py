@@ -12,6 +12,7 @@ from typing import Any
 from trl_steer.extras import require
 from trl_steer.files import FolderInUseError
 
+from ..analysis.arguments import positive
 from ..console import Console, output_to
 from .driver import name_of, reproduce
 from .plan import describe, status
@@ -157,10 +158,3 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="only print the size of the study, the trainable parameters and the time that is left (default: off)",
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """An argument that is an integer and at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)

@@ -17,11 +17,11 @@ from trl_steer.statistics import binomial_standard_error
 from trl_steer.tasks.registry import BENCHMARKS
 
 from .. import runs
+from ..analysis.arguments import positive
 from ..console import Console, Report
 from ..demo import preset as demo
 from ..models import EMBEDDED
 from ..settings import Settings
-from .cli import positive
 from .study import PRESETS, Model, Row, Study, StudyError, Task
 from .sweep import Recommendation, figure, recommend, sweep
 

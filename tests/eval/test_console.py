@@ -57,7 +57,7 @@ def test_on_a_terminal_a_step_is_one_line(monkeypatch):
     shown.end("done")
     shown.close()
     assert read_all(reader).decode().replace("\r\n", "\n") == (
-        "1 of 1  Training ...\r\x1b[K1 of 1  Training: 1 of 2\r\x1b[K1 of 1  Training: done\n"
+        "Training ...\r\x1b[KTraining: 1 of 2\r\x1b[KTraining: done\n"
     )
 
 

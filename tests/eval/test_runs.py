@@ -366,6 +366,16 @@ def test_the_command_makes_lm_eval_generate_the_same_texts(finished, tmp_path, m
     ]
 
 
+def test_the_command_for_full_fine_tuning_names_its_model_its_dtype_and_the_limit(settings, tmp_path):
+    run = runs.Run(tmp_path)
+    scoring = {"batch_size": 4, "limit": 7}
+    full = dataclasses.replace(settings, method="full", dtype="bfloat16", scoring=scoring)
+    files.write_json(run.folder / "settings.json", full.to_dict())
+    files.write_json(run.folder / "environment.json", {"model": settings.model, "device": "cpu"})
+    lines = [line.strip(" \\") for line in run.command().splitlines()]
+    assert {f"--model_args pretrained={run.model},dtype=bfloat16", "--limit 7", "--batch_size 4"} <= {*lines}
+
+
 def test_the_command_survives_commas(copy):
     files.write_json(copy.folder / "environment.json", {"model": "a,b=1", "device": "cpu"})
     assert '"pretrained": "a,b=1"' in options(copy)["--model_args"]

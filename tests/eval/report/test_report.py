@@ -481,11 +481,13 @@ def test_a_damaged_record_of_a_failure_is_one_line(tmp_path, capsys, damage):
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "absent"):
+        (line,) = failure(capsys, folder)
+        expected = f"{folder} has no study.yaml. Give the output folder of `trl-steer reproduce`."
+        assert line == f"trl-steer report: error: {expected}"
+    (tmp_path / "study.yaml").write_text("rows: [")
     (line,) = failure(capsys, tmp_path)
-    assert line.startswith("trl-steer report: error: ")
-    assert str(tmp_path) in line
-    (line,) = failure(capsys, tmp_path / "absent")
-    assert str(tmp_path / "absent") in line
+    assert "invalid YAML" in line
 
 
 def test_a_report_is_only_replaced_if_asked_and_other_files_never_are(study, written, capsys, tmp_path):
