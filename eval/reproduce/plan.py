@@ -84,6 +84,7 @@ def describe(study: Study, folder: Path, workers: int) -> list[str]:
         f"{study.name}: {study.title}",
         f"models: {', '.join(model.label for model in study.models)}",
         f"tasks: {', '.join(task.name for task in study.tasks)}",
+        f"seeds: {', '.join(map(str, study.seeds))}",
         f"cells: {size}, {rates} to choose rates on validation and {size - rates} on test",
         *status(found, size, workers),
     ]
