@@ -83,8 +83,7 @@ def describe(study: Study, folder: Path, workers: int) -> list[str]:
     lines = [
         f"{study.name}: {study.title}",
         f"models: {', '.join(model.label for model in study.models)}",
-        f"tasks: {', '.join(task.name for task in study.tasks)}",
-        f"seeds: {', '.join(map(str, study.seeds))}",
+        *(f"task: {task.name}, seeds {' '.join(map(str, study.seeds_of(task)))}" for task in study.tasks),
         f"cells: {size}, {rates} to choose rates on validation and {size - rates} on test",
         *status(found, size, workers),
     ]
