@@ -41,7 +41,7 @@ OPTIONS = [
     (r"^trl-steer analyze (oracle|distill|lora)", "--rows 12"),
     (r"^trl-steer demo --method (\w+)", r"--fast --output demo-run/\1-seed0"),
     (r"^trl-steer reproduce table1 .*--tiny", "--rows 'Ours r=8' --seeds 0"),
-    (r"^trl-steer reproduce smollm2", "--tiny --rows 'Ours (1-vec)'"),
+    (r"^trl-steer reproduce smollm2", "--tiny --rows 'Ours (1-vec)' --dry-run"),
     (r"^trl-steer (sft|joint) (?!.*--dry_run)", "--max_steps 2"),
     (r"gsm8k_grpo\.py", "--max_steps 1 --max_completion_length 4 --use_cpu --bf16 false"),
     (r"--report_to tensorboard", "--report_to none"),

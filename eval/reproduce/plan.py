@@ -6,10 +6,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from trl_steer import presets
+
 from .. import models
 from ..settings import Settings
-from .results import Result, best_rates, result_of
-from .study import Study
+from .results import Result, results_of
+from .study import Cell, Study
 
 
 class Trainable(NamedTuple):
@@ -23,12 +25,6 @@ class Trainable(NamedTuple):
 
     parameters: int
     share: float
-
-
-def found_in(study: Study, folder: Path) -> list[Result]:
-    """The cells of a study with what its folder has of them, also where the folder does not exist."""
-    first = [result_of(cell, folder) for cell in study.rate_cells()]
-    return first + [result_of(cell, folder) for cell in study.test_cells(best_rates(first))]
 
 
 def seconds_left(found: Sequence[Result], size: int) -> float | None:
@@ -46,17 +42,14 @@ def seconds_left(found: Sequence[Result], size: int) -> float | None:
     known: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for result in found:
         if result.run is not None:
-            seconds, cell = _seconds(result), result.cell
-            for key in ((cell.model, cell.task, cell.row), (cell.model, cell.task), ()):
-                known[key].append(seconds)
+            for key in _kinds(result.cell):
+                known[key].append(_seconds(result))
     if () not in known:
         return None
     left = 0.0
     for result in found:
         if result.run is None and result.failure is None:
-            cell = result.cell
-            keys: tuple[tuple[str, ...], ...] = ((cell.model, cell.task, cell.row), (cell.model, cell.task), ())
-            left += fmean(next(known[key] for key in keys if key in known))
+            left += fmean(next(known[key] for key in _kinds(result.cell) if key in known))
     return left + (size - len(found)) * fmean(known[()])
 
 
@@ -85,12 +78,12 @@ def trainable(settings: Settings) -> Trainable:
 
 def describe(study: Study, folder: Path, workers: int) -> list[str]:
     """The lines of `--dry-run`."""
-    found, size = found_in(study, folder), study.size()
+    found, size = list(results_of(study, folder)), study.size()
     rates = sum(1 for _ in study.rate_cells())
     lines = [
         f"{study.name}: {study.title}",
         f"models: {', '.join(model.label for model in study.models)}",
-        f"tasks: {', '.join(task.name for task in study.tasks)}",
+        *(f"task: {task.name}, seeds {' '.join(map(str, study.seeds_of(task)))}" for task in study.tasks),
         f"cells: {size}, {rates} to choose rates on validation and {size - rates} on test",
         *status(found, size, workers),
     ]
@@ -108,8 +101,9 @@ def describe(study: Study, folder: Path, workers: int) -> list[str]:
             lines.append(f"  {counted}  {row.name}: {row.method}, {', '.join(f'{rate:g}' for rate in chosen)}")
     if unknown:
         lines += ["", "Trainable parameters are unknown where the configuration of the model cannot be read."]
-    if study.guessed:
-        lines += ["", "Guessed:", *(f"- {guess}" for guess in study.guessed)]
+    guessed = [*study.guessed, *_guesses_of_presets(study)]
+    if guessed:
+        lines += ["", "Guessed:", *(f"- {guess}" for guess in guessed)]
     return lines
 
 
@@ -126,6 +120,24 @@ def status(found: Sequence[Result], size: int, workers: int = 1) -> list[str]:
         return [line]
     time = "unknown until a cell is finished" if left is None else f"about {_duration(left / workers)}"
     return [line, f"time left with {workers} worker{'s' if workers > 1 else ''}: {time}"]
+
+
+def _guesses_of_presets(study: Study) -> list[str]:
+    """The values of presets that their source does not give and the rows do not replace, with the rows."""
+    rows: dict[str, list[str]] = defaultdict(list)
+    for row in study.rows:
+        given = {*row.training, *row.lora, *(f"lora_{name}" for name in row.lora)}
+        given |= {f"steering_{name}" for name in row.steering} | {*row.steering} | {"learning_rate"}
+        preset = presets.settings(row.preset or study.preset, row.method, study.tasks[0].name)
+        for name, why in preset.guessed.items():
+            if name not in given:
+                rows[f"{name} {preset.values[name]}: {why}"].append(row.name)
+    return [f"{guess} ({', '.join(names)})" for guess, names in rows.items()]
+
+
+def _kinds(cell: Cell) -> tuple[tuple[str, ...], ...]:
+    """What other cells take as long, the most similar ones first."""
+    return (cell.model, cell.task, cell.row), (cell.model, cell.task), ()
 
 
 def _kind(result: Result) -> str:

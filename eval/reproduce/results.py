@@ -13,7 +13,7 @@ from typing import NamedTuple
 from trl_steer.files import read_json
 
 from ..runs import Run
-from .study import STUDY, Cell, load
+from .study import STUDY, Cell, Study, load
 
 CELLS, RUNNING, FAILED = "cells", "running", "failed"
 
@@ -64,7 +64,11 @@ def results(folder: Path) -> Iterator[Result]:
     Raises:
         StudyError: The folder has no study.
     """
-    study = load(folder / STUDY)
+    yield from results_of(load(folder / STUDY), folder)
+
+
+def results_of(study: Study, folder: Path) -> Iterator[Result]:
+    """As [`results`], for any study and a folder that need not exist."""
     first = [result_of(cell, folder) for cell in study.rate_cells()]
     yield from first
     for cell in study.test_cells(best_rates(first)):

@@ -188,12 +188,16 @@ class Study:
         """The learning rates of a row, that of its preset if it gives none."""
         return row.rates or (self._of_preset(row, task)["training"]["learning_rate"],)
 
+    def seeds_of(self, task: Task) -> Sequence[int]:
+        """The seeds on a task."""
+        return task.seeds or self.seeds
+
     def rate_cells(self) -> Iterator[Cell]:
         """The cells of the first stage."""
         for model, task, row in product(self.models, self.tasks, self.rows):
             rates = self.rates_of(row, task)
             for rate in rates if len(rates) > 1 else ():
-                yield self._cell("rates", model, task, row, rate, self._seeds(task)[0])
+                yield self._cell("rates", model, task, row, rate, self.seeds_of(task)[0])
 
     def test_cells(self, best: Mapping[tuple[str, str, str], float]) -> Iterator[Cell]:
         """The cells of the second stage.
@@ -206,12 +210,12 @@ class Study:
             rates = self.rates_of(row, task)
             rate = rates[0] if len(rates) == 1 else best.get((model.label, task.name, row.name))
             if rate is not None:
-                for seed in self._seeds(task):
+                for seed in self.seeds_of(task):
                     yield self._cell("test", model, task, row, rate, seed)
 
     def size(self) -> int:
         """The number of cells of both stages."""
-        tests = len(self.models) * len(self.rows) * sum(len(self._seeds(task)) for task in self.tasks)
+        tests = len(self.models) * len(self.rows) * sum(len(self.seeds_of(task)) for task in self.tasks)
         return tests + sum(1 for _ in self.rate_cells())
 
     def settings(self, stage: Stage, model: Model, task: Task, row: Row, rate: float, seed: int) -> Settings:
@@ -242,9 +246,6 @@ class Study:
     def _of_preset(self, row: Row, task: Task) -> dict[str, Any]:
         steering_type = row.steering.get("steering_type", "low_rank")
         return of_preset(row.preset or self.preset, row.method, task.name, steering_type)
-
-    def _seeds(self, task: Task) -> Sequence[int]:
-        return task.seeds or self.seeds
 
     def _cell(self, stage: Stage, model: Model, task: Task, row: Row, rate: float, seed: int) -> Cell:
         settings = self.settings(stage, model, task, row, rate, seed)

@@ -42,9 +42,14 @@ def undisturbed(study, tmp_path_factory):
     return folder
 
 
+# As a shell starts it in the foreground: one in the background ignores Ctrl-C.
+RUN = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+RUN += "from trl_steer import cli; sys.exit(cli.main())"
+
+
 def command(study: Path, folder: Path, engine: str) -> list[str]:
     options = ["--output", str(folder), "--engine", engine, "--workers", "2"]
-    return [sys.executable, "-m", "trl_steer.cli", "reproduce", str(study), *options]
+    return [sys.executable, "-c", RUN, "reproduce", str(study), *options]
 
 
 # A cluster of its own, whatever else runs on this machine.

@@ -72,7 +72,7 @@ def test_the_time_that_is_left_follows_finished_cells(study, tmp_path):
     size = study.size()
 
     def left():
-        return plan.seconds_left(plan.found_in(study, tmp_path), size)
+        return plan.seconds_left(list(results(tmp_path)), size)
 
     assert left() is None
     first, second, _ = cells_of(study)

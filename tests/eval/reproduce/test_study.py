@@ -93,6 +93,20 @@ def test_trainable_parameters_are_those_of_the_paper(hub, monkeypatch):
         assert tuple(plan.trainable(cells[model, row]).parameters for model in MODELS) == counts, row
 
 
+def test_a_dry_run_names_the_guesses_of_the_preset_that_the_rows_keep(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["table1", "--dry-run", "--models", "Llama-3.2-1B"]) == 0
+    guesses = capsys.readouterr().out.partition("Guessed:\n")[2].splitlines()[3:]
+    kept = {guess.split()[1]: guess.rpartition(" (")[2] for guess in guesses}
+    assert kept == {
+        "warmup_steps": "paper))",  # of SFT and LoRA, and not of the tuned one
+        "lora_alpha": "paper))",
+        "lora_dropout": "tuned))",
+        "lora_target_modules": "paper))",
+        "steering_init_scale": "Ours r=8)",
+    }
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_every_study_has_the_papers_lora_and_a_tuned_one(name):
     study = load(name)
