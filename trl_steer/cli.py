@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "split": ("trl_steer.adapter_commands:split", "split a joint adapter into a LoRA and a steering adapter"),
     "join": ("trl_steer.adapter_commands:join", "join a LoRA and a steering adapter into a joint adapter"),
+    "export": ("trl_steer.integrations.export.cli:main", "write an adapter in the format of another program"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
     "analyze": ("trl_steer.eval.analysis.cli:main", "measure what the paper measures, on models, adapters and texts"),
     "compare": ("trl_steer.eval.reproduce.compare:main", "compare two runs on the same examples with a paired test"),
