@@ -81,13 +81,13 @@ def _control_vector(args: argparse.Namespace, progress: Any) -> str:
 def _lora(args: argparse.Namespace, progress: Any) -> str:
     from trl_steer.integrations.export.lora import export_lora
 
-    return export_lora(args.folder, args.output)
+    return export_lora(args.folder, args.output, args.overwrite)
 
 
 def _transformers(args: argparse.Namespace, progress: Any) -> str:
     from trl_steer.integrations.transformers.export import export_checkpoint
 
-    return export_checkpoint(args.folder, args.output, args.base, progress)
+    return export_checkpoint(args.folder, args.output, args.base, args.overwrite, progress)
 
 
 FORMATS = {
