@@ -1,7 +1,7 @@
 """llama.cpp in this process: its C functions, called through cffi.
 
-The library is that of the package `xllamacpp`, unmodified, and the declarations those of `llama_cpp_py_sync`, whose own library
-needs a newer glibc than many systems have. Both must be of nearly the same build of llama.cpp:
+The library is that of the package `xllamacpp`, unmodified, and the declarations those of `llama_cpp_py_sync`, whose
+own library needs a newer glibc than many systems have. Both must be of nearly the same build of llama.cpp:
 
     pip install cffi xllamacpp==2026.10.11549
     pip install --no-deps llama-cpp-py-sync==0.11548
@@ -56,11 +56,12 @@ def _library() -> tuple[Any, Any]:
 
     library.llama_log_set(log, ffi.NULL)
     library.llama_backend_init()
-    _kept.append(log)
+    _callbacks.append(log)
     return ffi, library
 
 
-_kept: list[Any] = []
+# llama.cpp keeps a pointer to them.
+_callbacks: list[Any] = []
 
 
 def check_engine() -> None:
@@ -163,7 +164,9 @@ class Engine:
             raise RuntimeError(f"llama_decode failed with status {status}.")
         self._past += len(ids)
         rows = [
-            self._library.llama_get_logits_ith(self._context, index) for index, is_wanted in enumerate(wanted) if is_wanted
+            self._library.llama_get_logits_ith(self._context, index)
+            for index, is_wanted in enumerate(wanted)
+            if is_wanted
         ]
         size = self._vocabulary * 4
         return np.stack([np.frombuffer(self._ffi.buffer(row, size), np.float32).copy() for row in rows])

@@ -84,8 +84,8 @@ def opened(name: str) -> Iterator[PostBlockAdapter]:
             _refuse_trained_modules(name, AdapterFolder.open(lora).config)
         if not isinstance(config, PostBlockSteeringConfig):
             raise ValueError(
-                f"{name} has a {type(config).__name__}, which this format cannot express. Expected post-block steering "
-                "or a joint adapter. What can be merged, --format transformers merges."
+                f"{name} has a {type(config).__name__}, which this format cannot express. Expected post-block "
+                "steering or a joint adapter. What can be merged, --format transformers merges."
             )
         if config.positions != ALL:
             raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,8 +55,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer export") -> i
 
 
 def _export(args: argparse.Namespace) -> int:
+    import transformers
+
     from trl_steer.integrations.export.progress import Progress
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
     with Progress() as progress:
         said = FORMATS[args.format].run(args, progress)
     print(said)

@@ -1,7 +1,8 @@
 """The format `lora` of `trl-steer export`: linear steering as a LoRA adapter, for engines that know only LoRA.
 
-Its target is a layer `post_block_steering` in each block, which has no weights of its own and gives zeros: added to the block's
-output, with LoRA it is `h + lora_alpha / r * B A h`. An engine needs a model class with such layers.
+Its target is a layer `post_block_steering` in each block, which has no weights of its own, reads the block's output
+`h`, and gives zeros that are added to it. With LoRA, this is `h + lora_alpha / r * B A h`. An engine needs a model class
+with such layers.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ def export_lora(name: str, output: Path, overwrite: bool) -> str:
     layer = PostBlockSteeringLayer.layer_name
     with opened(name) as adapter:
         if adapter.lora is not None:
-            raise ValueError(f"{name} is a joint adapter. Split it first (trl-steer split), and export the steering half.")
+            raise ValueError(
+                f"{name} is a joint adapter. Split it first (trl-steer split), and export the steering half."
+            )
         if adapter.is_vector:
             raise ValueError(f"{name} is a vector adapter, and LoRA has no constant. Use another format.")
         if adapter.config.activation is not None:
-            raise ValueError(f"{name} has activation={adapter.config.activation!r}, and LoRA is linear. Use another format.")
+            raise ValueError(
+                f"{name} has activation={adapter.config.activation!r}, and LoRA is linear. Use another format."
+            )
         rank = max(len(tensors["down"]) for tensors in adapter.tensors.values())
         tensors: dict[str, torch.Tensor] = {}
         for index, block in adapter.blocks.items():

@@ -73,13 +73,11 @@ def read_text(path: Path | None) -> Text:
 
 
 @torch.no_grad()
-def measure(
-    model: Any, tokenizer: Any, text: Text, progress: Callable[[int, int], None] | None = None
-) -> Measured:
+def measure(model: Any, tokenizer: Any, text: Text, progress: Callable[[int, int], None] | None = None) -> Measured:
     """Runs a steered model on text.
 
-    Each paragraph is a row, and so is all of the text, cut into pieces. Each row starts with the special tokens that
-    the tokenizer adds, and once more with the token that begins a text, which has the largest norms in many models.
+    Each paragraph is a row, and so is all of the text, cut into pieces. If the tokenizer does not add the token that
+    begins a text, which has the largest norms in many models, each paragraph is run once more with it.
 
     Args:
         model (`PeftModel`): The model with the adapter.
@@ -124,8 +122,8 @@ def check(measured: Measured, constant: float) -> float:
 
 def _rows(tokenizer: Any, text: Text) -> list[list[int]]:
     rows = [tokenizer(paragraph)["input_ids"][:ROW] for paragraph in text.paragraphs]
-    whole = tokenizer("\n\n".join(text.paragraphs))["input_ids"]
-    rows += [whole[start : start + ROW] for start in range(0, len(whole), ROW)]
     begin = tokenizer.bos_token_id
     rows += [[begin, *row] for row in rows if begin is not None and row[:1] != [begin]]
+    whole = tokenizer("\n\n".join(text.paragraphs))["input_ids"]
+    rows += [whole[start : start + ROW] for start in range(0, len(whole), ROW)]
     return [row for row in rows if row]

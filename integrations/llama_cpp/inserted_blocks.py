@@ -1,16 +1,16 @@
 r"""A low-rank adapter in a GGUF file, in blocks of its own.
 
-llama.cpp has no operation `h + s * act(h @ W_down.T) @ W_up.T`, and no block whose MLP reads the residual stream without a
-norm. But a norm does nothing where its scale is a known constant:
+llama.cpp has no operation `h + s * act(h @ W_down.T) @ W_up.T`, and no block whose MLP reads the residual stream
+without a norm. But a norm does nothing where its scale is a known constant:
 
 - The stream gets more coordinates, which stay zero: matrices get columns or rows of zeros. A norm over `D` instead of
   `d` coordinates is the same with its weight times `sqrt(d / D)` and its epsilon times `d / D`.
-- After a steered block, a bias writes a constant `C` to the first new coordinate. Then an inserted block follows, which
-  has no attention.
-- Its norm divides by `sqrt((||h||^2 + C^2) / D)`, which is `C / sqrt(D)` up to the factor `1 + (||h||/C)^2 / 2`. With
-  the weight `C / sqrt(D)` on `h` and `1 / sqrt(D)` on the constant, its MLP reads `(h, 1)`.
+- After a steered block, a bias writes a constant `C` to the first new coordinate. Then an inserted block follows,
+  which has no attention.
+- Its norm divides by `sqrt((||h||^2 + C^2) / D)`, which is `C / sqrt(D)` up to the factor `1 + (||h||/C)^2 / 2`.
+  With the weight `C / sqrt(D)` on `h` and `1 / sqrt(D)` on the constant, its MLP reads `(h, 1)`.
 - Its MLP has `r` neurons, `down(silu(gate(x)) * up(x))`. Without an activation, `gate` is the constant 1, `up` is
-  `W_down`, and `down` is `s W_up / silu(1)`. For SiLU, `gate` is `W_down`, `up` is the constant 1, and `down` is `s W_up`.
+  `W_down`, and `down` is `s W_up / silu(1)`. For SiLU, `gate` is `W_down`, `up` is 1, and `down` is `s W_up`.
 - A bias of `-C` clears the coordinate.
 
 This is architecture "deci" in llama.cpp, whose blocks may lack the attention. The tensors of the base model stay
@@ -130,7 +130,9 @@ def base_tensors(base: BaseFile, family: Family, layout: Layout) -> dict[str, Te
         if parts[0] == "blk":
             parts[1] = str(layout.position[int(parts[1])])
         if family.pairs_halves and parts[0] == "blk" and parts[2] in ("attn_q", "attn_k"):
-            tensor = replace(tensor, data=_neighbours(tensor.data, _head_size(base, _per_block(base, "attention.head_count")[0])))
+            tensor = replace(
+                tensor, data=_neighbours(tensor.data, _head_size(base, _per_block(base, "attention.head_count")[0]))
+            )
         if role == NORM and layout.padding:
             scaled = tensor.values() * math.sqrt(layout.width / layout.padded)
             tensor = Tensor(np.pad(scaled.astype(np.float32), (0, layout.padding)))

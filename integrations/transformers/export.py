@@ -108,7 +108,9 @@ def _check_config(name: str, config: Any, source: str | None) -> None:
     if not isinstance(config, SteeringConfig):
         raise ValueError(f"{name} has a {type(config).__name__}, expected a steering or a joint adapter.")
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{name} is of task type {config.task_type}, and only causal language models can be exported.")
+        raise ValueError(
+            f"{name} is of task type {config.task_type}, and only causal language models can be exported."
+        )
     if config.positions != ALL:
         raise ValueError(
             f"{name} has positions={config.positions!r}, so that it edits some tokens only, which a checkpoint cannot "
@@ -241,8 +243,8 @@ def _check_logits(model_class: Any, folder: Path, expected: torch.Tensor) -> Non
     error = ((found - expected).abs().max() / expected.abs().max()).item()
     if not error <= _TOLERANCE.get(expected.dtype, _TOLERANCE_16_BIT):
         raise ValueError(
-            f"The checkpoint differs from the adapter: its logits have a relative error of {error:.2g}. Use the adapter "
-            "with PEFT."
+            f"The checkpoint differs from the adapter: its logits have a relative error of {error:.2g}. Use the "
+            "adapter with PEFT."
         )
 
 
@@ -250,6 +252,6 @@ def _write_card(folder: Path, source: str, has_code: bool) -> None:
     data = ModelCardData(library_name="transformers", base_model=public_id(source), tags=["activation-steering"])
     load = f"AutoModelForCausalLM.from_pretrained({'FOLDER, trust_remote_code=True' if has_code else 'FOLDER'})"
     ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# Steered model\n\nThe base model with a steering adapter, exported by `trl_steer`. "
-        f"It loads without this package: `{load}`.\n"
+        f"---\n{data.to_yaml()}\n---\n\n# Steered model\n\nThe base model with a steering adapter, exported by "
+        f"`trl_steer`. It loads without this package: `{load}`.\n"
     ).save(folder / "README.md")
