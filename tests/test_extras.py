@@ -20,7 +20,14 @@ from trl_steer.eval.analysis.cli import MEASURES
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 FOLDERS = {"trl_steer.eval": "eval", "trl_steer.integrations": "integrations", "trl_steer": "trl_steer"}
 # The extra that each command is documented with; the others do with what the package itself requires.
-EXTRAS = {"demo": "demo", "analyze": "analysis", "compare": "eval", "lm-eval": "eval", "alpaca-eval": "alpaca"}
+EXTRAS = {
+    "demo": "demo",
+    "analyze": "analysis",
+    "compare": "eval",
+    "lm-eval": "eval",
+    "alpaca-eval": "alpaca",
+    "export": "gguf",
+}
 # Packages whose absence is no error: without Triton, which PyTorch's builds for GPUs bring, other operators are used.
 OPTIONAL = {"triton"}
 # Entry points of a module that also has one of a command with an extra.
@@ -157,6 +164,7 @@ COMMANDS = {
     ),
     "judging": ("alpaca-eval judge {tmp}/model_outputs.json", "alpaca_eval", "alpaca"),
     "a measure": ("analyze inspect {tmp}", "matplotlib", "analysis"),
+    "a GGUF file": ("export {tmp} --format gguf --base {tmp}/a --output {tmp}/b", "gguf", "gguf"),
     "a plot": ("alpaca-eval report --paper --plot {tmp}/plot.png", "matplotlib", "alpaca"),
     "a quantized model": ("sft --model_name_or_path {tmp} --load_in_4bit --task boolq", "bitsandbytes", "quant"),
 }

@@ -65,9 +65,9 @@ def _quantized(document: dict[str, Any]) -> str:
     header = ["", "KL", "added, as a share of the base model's", "tensors unchanged", "MB", "prompt", "generation"]
     return (
         "On the quantized file (Q4_1), of which the float32 file is made. llama.cpp rounds the inputs of quantized "
-        "matrices, so that even the base model differs from its reference: KL divergence in nats per token. `added` is "
-        "what a row has more, as a share of that of the base model. Speed in tokens per second, medians of alternating "
-        "rounds of one stream, in brackets the ratio to the base model in the same round and its quartiles:"
+        "matrices, so that even the base model differs from its reference: KL divergence in nats per token. `added` "
+        "is what a row has more, as a share of that of the base model. Speed in tokens per second, medians of "
+        "alternating rounds of one stream, in brackets the ratio to the base model in the same round and its quartiles:"
         f"\n\n{table(header, rows)}"
     )
 
@@ -83,7 +83,7 @@ def _constants(document: dict[str, Any]) -> str:
         found = {key.removeprefix("trl_steer."): value for key, value in result["metadata"].items()}
         if "constant" in found:
             lines.append(
-                f"- {name}: largest norm {found['largest_norm']:.5g} on {found['calibration.tokens']:,} tokens, constant "
-                f"{found['constant']:.5g}, {found['margin']:,.0f} times as large"
+                f"- {name}: largest norm {found['largest_norm']:.5g} on {found['calibration.tokens']:,} tokens, "
+                f"constant {found['constant']:.5g}, {found['margin']:,.0f} times as large"
             )
     return "The norms of hidden states before the updates, and the constants:\n\n" + "\n".join(lines) if lines else ""

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer export") -> i
     args = parser.parse_args(argv)
     _check_options(parser, args)
     try:
+        if args.format.startswith("gguf"):
+            require("gguf", "gguf")
         _check_paths(args)
         return _export(args)
     except KeyboardInterrupt:
@@ -69,7 +71,6 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _gguf(args: argparse.Namespace, progress: Any) -> str:
-    require("gguf", "gguf")
     from trl_steer.integrations.llama_cpp import export
 
     if args.check:
@@ -78,7 +79,6 @@ def _gguf(args: argparse.Namespace, progress: Any) -> str:
 
 
 def _control_vector(args: argparse.Namespace, progress: Any) -> str:
-    require("gguf", "gguf")
     from trl_steer.integrations.llama_cpp import export
 
     return export.export_control_vector(args.folder, args.output)

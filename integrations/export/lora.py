@@ -1,8 +1,8 @@
 """The format `lora` of `trl-steer export`: linear steering as a LoRA adapter, for engines that know only LoRA.
 
 Its target is a layer `post_block_steering` in each block, which has no weights of its own, reads the block's output
-`h`, and gives zeros that are added to it. With LoRA, this is `h + lora_alpha / r * B A h`. An engine needs a model class
-with such layers.
+`h`, and gives zeros that are added to it. With LoRA, this is `h + lora_alpha / r * B A h`. An engine needs a model
+class with such layers.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_an_adapter_whose_norms_leave_no_margin_is_refused_by_the_check(text, tm
         assert "times as large" in said
         set_scaling(steered, "default", 100.0)
         steered.save_pretrained(str(tmp_path / "larger"))
-        with pytest.raises(ValueError, match="is only .* times as large"):
+        with pytest.raises(ValueError, match=r"is only .* times as large"):
             check_gguf(str(tmp_path / "larger"), file, base, text, progress)
         with pytest.raises(ValueError, match="not a model with a low-rank adapter inside"):
             check_gguf(str(tmp_path / "adapter"), base, base, text, progress)
@@ -317,5 +317,5 @@ def test_an_architecture_that_is_not_supported_is_refused_by_name(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     steer(gguf_model(), LOW_RANK, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="architecture 'gemma3'. Supported are 'llama', 'qwen2'"):
+    with pytest.raises(ValueError, match=r"architecture 'gemma3'\. Supported are 'llama', 'qwen2'"):
         export(tmp_path / "adapter", tmp_path / "base.gguf", None, tmp_path / "out.gguf")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from model_zoo import tiny_inputs
 from model_zoo import tiny_model as zoo_model
-from saved_adapters import JOINT, LOW_RANK, SILU, VECTOR, logits_of, steer
 from safetensors.torch import load_file, save_file
+from saved_adapters import JOINT, LOW_RANK, SILU, VECTOR, logits_of, steer
 from tiny_chat import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +59,12 @@ MERGED_CASES = {
     ),
     "llama-lofit": ("llama", LofitConfig(task_type="CAUSAL_LM", init_weights=False)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _code_in_a_temporary_folder(tmp_path, monkeypatch):
+    """Where transformers keeps the code of checkpoints."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 def export(adapter: Path, output: Path, base: Path | None = None, overwrite: bool = False) -> str:
@@ -250,7 +256,7 @@ def test_what_cannot_be_exported_is_refused_by_name(case, tmp_path):
     steer(model, config, tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_differs_from_the_adapter_is_not_written(tmp_path, monkeypatch):

@@ -8,19 +8,22 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["trl_steer"] = None  # an import of it raises an error, as where it is not installed
-try:
-    import trl_steer  # noqa: F401
-except ImportError:
-    pass
-else:
-    raise AssertionError("trl_steer can be imported.")
-
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 torch.set_num_threads(1)
+
+
+def forbid_us() -> None:
+    """Makes an import of `trl_steer` fail, as where it is not installed."""
+    assert not any(name.partition(".")[0] == "trl_steer" for name in sys.modules)
+    sys.modules["trl_steer"] = None
+    try:
+        import trl_steer  # noqa: F401
+    except ImportError:
+        return
+    raise AssertionError("trl_steer can be imported.")
 
 
 @torch.no_grad()
@@ -70,6 +73,7 @@ def answer(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    forbid_us()
     folders = sorted(Path(sys.argv[1]).iterdir())
     results = {folder.name: {"errors": compare(folder), "answer": answer(folder)} for folder in folders}
     Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
