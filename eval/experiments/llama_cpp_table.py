@@ -67,7 +67,7 @@ def _quantized(document: dict[str, Any]) -> str:
         "On the quantized file (Q4_1), of which the float32 file is made. llama.cpp rounds the inputs of quantized "
         "matrices, so that even the base model differs from its reference: KL divergence in nats per token. `added` "
         "is what a row has more, as a share of that of the base model. Speed in tokens per second, medians of "
-        "alternating rounds of one stream, in brackets the ratio to the base model in the same round and its quartiles:"
+        "alternating rounds of one stream, in brackets the ratio to the base model in each round and its quartiles:"
         f"\n\n{table(header, rows)}"
     )
 
