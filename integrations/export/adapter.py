@@ -95,7 +95,8 @@ def opened(name: str) -> Iterator[PostBlockAdapter]:
         _refuse_trained_modules(name, config)
         tensors = folder.tensors()
         check_steering_tensors(PostBlockSteeringLayer, config, tensors)
-        blocks, by_block = {}, {}
+        blocks: dict[int, str] = {}
+        by_block: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in sorted(tensors.items()):
             block, _, tensor_name = key.partition(_CONTAINER)
             index = block_index(block)

@@ -66,19 +66,21 @@ def merge_lora(base: BaseFile, model: Any, adapter: PostBlockAdapter, family: Fa
     for name, parameter in merged.named_parameters():
         if name in before and torch.equal(before[name], parameter):
             continue
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        tensor = base.tensors.get(found or "")
-        if tensor is None or not _is_that(tensor, _as_in_file(before.get(name), found, model.config, family)):
+        found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        tensor, original = base.tensors.get(found), before.get(name)
+        if (
+            tensor is None
+            or original is None
+            or not _is_that(tensor, _as_in_file(original, found, model.config, family))
+        ):
             raise ValueError(f"LoRA changes {name}, which {base.path.name} does not have in this form.")
         changed.append(found)
         base.tensors[found] = _typed(_as_in_file(parameter, found, model.config, family), tensor.type)
     return merged, changed
 
 
-def _as_in_file(parameter: torch.Tensor | None, name: str, config: Any, family: Family) -> np.ndarray | None:
+def _as_in_file(parameter: torch.Tensor, name: str, config: Any, family: Family) -> np.ndarray:
     """A parameter of transformers as the converter of llama.cpp writes it."""
-    if parameter is None:
-        return None
     data = parameter.detach().float().numpy()
     part = name.split(".")[-2]
     if part in ("attn_q", "attn_k") and not family.pairs_halves:
@@ -88,9 +90,7 @@ def _as_in_file(parameter: torch.Tensor | None, name: str, config: Any, family: 
     return data
 
 
-def _is_that(tensor: Tensor, values: np.ndarray | None) -> bool:
-    if values is None:
-        return False
+def _is_that(tensor: Tensor, values: np.ndarray) -> bool:
     stored = tensor.values()
     return stored.shape == values.shape and np.allclose(stored, values, atol=_CLOSE)
 

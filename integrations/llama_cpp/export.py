@@ -43,7 +43,8 @@ def export_gguf(name: str, output: Path, base_path: str | Path, text_file: Path 
     with opened(name) as adapter, new_file(output) as partial:
         base = BaseFile(Path(base_path))
         family = _checked_family(base, adapter)
-        model, changed = None, []
+        model: Any = None
+        changed: list[str] = []
         if adapter.lora is not None or not adapter.is_vector:
             progress.step("Loading the base model")
             model, tokenizer = base_model.load(base)

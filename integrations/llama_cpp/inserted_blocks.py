@@ -114,7 +114,7 @@ def metadata(base: BaseFile, layout: Layout) -> dict[str, Value]:
     for name, entries in zip(
         ("attention.head_count", "attention.head_count_kv", "feed_forward_length"), of_blocks, strict=True
     ):
-        values[f"{FLEXIBLE}.{name}"] = counts(entries)
+        values[f"{FLEXIBLE}.{name}"] = counts(entries.tolist())
     epsilon = f"{FLEXIBLE}.attention.layer_norm_rms_epsilon"
     values[epsilon] = number(values[epsilon].value * layout.width / layout.padded)
     values[f"{FLEXIBLE}.embedding_length"] = count(layout.padded)
@@ -156,7 +156,7 @@ def inserted_tensors(base: BaseFile, adapter: PostBlockAdapter, layout: Layout, 
         constant (`float`): `C`.
     """
     width, root = layout.width, math.sqrt(layout.padded)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for index, rank in layout.ranks.items():
         down, up = (adapter.tensors[index][name].numpy() for name in ("down", "up"))
         position = layout.position[index]

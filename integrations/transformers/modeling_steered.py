@@ -5,6 +5,8 @@ Loads with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 by `trl-steer export`, which replaces the base classes and `BLOCKS` by those of the model.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -44,8 +46,8 @@ class PostBlockSteering(nn.Module):
     def __init__(self, config: SteeredConfig, rank: int):
         super().__init__()
         self.scaling = config.steering_scaling
-        self.vector = self.down = self.up = None
-        if config.steering_type == "vector":
+        self.is_vector = config.steering_type == "vector"
+        if self.is_vector:
             self.vector = nn.Parameter(torch.zeros(config.hidden_size))
         else:
             self.down = nn.Linear(config.hidden_size, rank, bias=False)
@@ -53,7 +55,7 @@ class PostBlockSteering(nn.Module):
         self.act = nn.Identity() if config.steering_activation is None else ACT2FN[config.steering_activation]
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        if self.vector is not None:
+        if self.is_vector:
             return torch.add(h, self.vector, alpha=self.scaling).to(h.dtype)
         # The weights may be in float32, and `h` in bfloat16.
         update = self.up(self.act(self.down(h.to(torch.promote_types(h.dtype, self.down.weight.dtype)))))
@@ -65,7 +67,7 @@ class SteeredBlock(BaseBlock):
 
     def __init__(self, config: SteeredConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.post_block_steering = PostBlockSteering(config, config.steering_ranks[layer_idx])
+        self.post_block_steering = PostBlockSteering(config, (config.steering_ranks or [])[layer_idx])
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -74,39 +76,49 @@ class SteeredBlock(BaseBlock):
         return self.post_block_steering(output)
 
 
-class _Steered:
-    """What both models have in common."""
-
-    config_class = SteeredConfig
-    # Whatever the dtype of the model, since rounded adapters are worse.
-    _keep_in_fp32_modules_strict = ["post_block_steering"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, PostBlockSteering):
-            init.zeros_(module.up.weight if module.vector is None else module.vector)
+# Whatever the dtype of the model, since rounded adapters are worse.
+IN_FLOAT32 = ["post_block_steering"]
+NOT_SPLIT = [*(BaseModel._no_split_modules or []), SteeredBlock.__name__]
 
 
-class SteeredModel(_Steered, BaseModel):
+def start_as_base_model(module: nn.Module) -> None:
+    """Initializes new weights so that the update is zero."""
+    if isinstance(module, PostBlockSteering):
+        init.zeros_(module.vector if module.is_vector else module.up.weight)
+
+
+class SteeredModel(BaseModel):
     """The model without its head."""
 
-    _no_split_modules = [*(BaseModel._no_split_modules or []), SteeredBlock.__name__]
+    config_class = SteeredConfig
+    _no_split_modules = NOT_SPLIT
+    _keep_in_fp32_modules_strict = IN_FLOAT32
 
     def __init__(self, config: SteeredConfig):
         super().__init__(config)
-        blocks = self.get_submodule(BLOCKS)
+        blocks: Any = self.get_submodule(BLOCKS)
         for index, rank in enumerate(config.steering_ranks or []):
             if rank:
                 blocks[index] = SteeredBlock(config, index)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        start_as_base_model(module)
 
-class SteeredForCausalLM(_Steered, BaseForCausalLM):
+
+class SteeredForCausalLM(BaseForCausalLM):
     """The model with its head."""
 
-    _no_split_modules = SteeredModel._no_split_modules
+    config_class = SteeredConfig
+    _no_split_modules = NOT_SPLIT
+    _keep_in_fp32_modules_strict = IN_FLOAT32
 
     def __init__(self, config: SteeredConfig):
         super().__init__(config)
         setattr(self, self.base_model_prefix, SteeredModel(config))
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        start_as_base_model(module)
