@@ -42,6 +42,8 @@ CODE_CASES = {
     "phi3-gelu": ("phi3", GELU),
     "olmo2-vector": ("olmo2", VECTOR),
 }
+# Those whose other features are tried as well.
+TRIED = ("llama-low_rank", "gpt2-silu")
 MERGED_CASES = {
     "llama-vector": ("llama", VECTOR),
     "gpt2-vector": ("gpt2", VECTOR),
@@ -98,32 +100,33 @@ def record(family: str, config, folder: Path, output: Path) -> str:
     return tokenizer.decode(steered.generate(input_ids=prompt, **settings)[0, 4:], skip_special_tokens=True)
 
 
-def without_us(folder: Path) -> dict:
-    """What a program that cannot import this package finds for each checkpoint in a folder."""
-    results = folder.parent / "results.json"
-    command = [sys.executable, str(HERE / "without_us.py"), str(folder), str(results)]
-    environment = {**os.environ, "TRL_STEER_NO_AUTOLOAD": "1", "HF_MODULES_CACHE": str(folder.parent / "modules")}
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What a program that cannot import this package finds for each case, and what it should write."""
+    folder = tmp_path_factory.mktemp("exports")
+    answers = {
+        name: record(family, config, folder / name, folder / "exported" / name)
+        for name, (family, config) in (CODE_CASES | MERGED_CASES).items()
+    }
+    results = folder / "results.json"
+    command = [sys.executable, str(HERE / "without_us.py"), str(folder / "exported"), str(results), *TRIED]
+    environment = {**os.environ, "TRL_STEER_NO_AUTOLOAD": "1", "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(results.read_text())
+    return {
+        name: {**result, "expected": answers[name], "has_code": (folder / "exported" / name / f"{CODE}.py").exists()}
+        for name, result in json.loads(results.read_text()).items()
+    }
 
 
-def check_without_us(cases: dict, folder: Path, has_code: bool) -> None:
-    answers = {}
-    for name, (family, config) in cases.items():
-        answers[name] = record(family, config, folder / name, folder / "exported" / name)
-    for name, found in without_us(folder / "exported").items():
-        assert all(error <= 2e-5 for error in found["errors"].values()), (name, found)
-        assert found["answer"] == answers[name]
-        assert (folder / "exported" / name / f"{CODE}.py").exists() == has_code
+@pytest.mark.parametrize("case", [*CODE_CASES, *MERGED_CASES])
+def test_a_checkpoint_gives_what_peft_gives_where_this_package_is_not_installed(case, found):
+    assert all(error <= 2e-5 for error in found[case]["errors"].values()), found[case]
+    assert found[case]["answer"] == found[case]["expected"]
 
 
-def test_checkpoints_with_code_give_what_peft_gives_where_this_package_is_not_installed(tmp_path):
-    check_without_us(CODE_CASES, tmp_path, True)
-
-
-def test_merged_checkpoints_need_no_code(tmp_path):
-    check_without_us(MERGED_CASES, tmp_path, False)
+def test_what_is_merged_needs_no_code(found):
+    assert {name for name, result in found.items() if result["has_code"]} == CODE_CASES.keys()
 
 
 def test_without_trust_in_its_code_a_checkpoint_does_not_load_unsteered(tmp_path):

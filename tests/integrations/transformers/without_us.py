@@ -1,7 +1,8 @@
 """Run as a program where `trl_steer` cannot be imported: loads exported checkpoints, and compares them with what was
 recorded.
 
-Arguments: a folder of checkpoints, each with `recorded.safetensors`, and a file for the results, JSON.
+Arguments: a folder of checkpoints, each with `recorded.safetensors`; a file for the results, JSON; and the names of
+those whose features are tried as well: attention implementations, `device_map`, the static cache, training.
 """
 
 import json
@@ -27,7 +28,7 @@ def forbid_us() -> None:
 
 
 @torch.no_grad()
-def compare(folder: Path) -> dict[str, float]:
+def compare(folder: Path, is_tried: bool) -> dict[str, float]:
     recorded = load_file(folder / "recorded.safetensors")
     ids = recorded["input_ids"]
 
@@ -39,9 +40,6 @@ def compare(folder: Path) -> dict[str, float]:
 
     model = load()
     errors = {"logits": error(model(input_ids=ids).logits)}
-    for name in ("eager", "sdpa"):
-        errors[name] = error(load(attn_implementation=name)(input_ids=ids).logits)
-    errors["device_map"] = error(load(device_map={"": "cpu"})(input_ids=ids).logits)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
     errors["hidden_states"] = max(
         (found - recorded[f"hidden_states.{index}"]).abs().max().item() for index, found in enumerate(states)
@@ -49,10 +47,15 @@ def compare(folder: Path) -> dict[str, float]:
     headless = load(AutoModel)(input_ids=ids).last_hidden_state
     errors["headless"] = (headless - states[-1]).abs().max().item()
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    for name in (None, "static"):
+    for name in (None, "static") if is_tried else (None,):
         cache = {"cache_implementation": name} if name else {}
         chosen = model.generate(input_ids=ids[:1], **settings, **cache)[0, ids.shape[1] :]
         errors[f"cache {name}"] = float((chosen != recorded["chosen"]).sum())
+    if not is_tried:
+        return errors
+    for name in ("eager", "sdpa"):
+        errors[name] = error(load(attn_implementation=name)(input_ids=ids).logits)
+    errors["device_map"] = error(load(device_map={"": "cpu"})(input_ids=ids).logits)
     model.train()
     model.gradient_checkpointing_enable()
     with torch.enable_grad():
@@ -75,5 +78,8 @@ def answer(folder: Path) -> str:
 if __name__ == "__main__":
     forbid_us()
     folders = sorted(Path(sys.argv[1]).iterdir())
-    results = {folder.name: {"errors": compare(folder), "answer": answer(folder)} for folder in folders}
+    results = {
+        folder.name: {"errors": compare(folder, folder.name in sys.argv[3:]), "answer": answer(folder)}
+        for folder in folders
+    }
     Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
