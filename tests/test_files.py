@@ -214,3 +214,13 @@ def test_removed_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkey
     assert names(tmp_path) == [seen[0][0]]
     assert seen[0][0].startswith(".folder.")
     assert seen[0][1] == ["one"]
+
+
+def test_a_large_file_is_there_when_it_is_complete_and_not_before(tmp_path):
+    with files.new_file(tmp_path / "folder" / "file") as partial:
+        partial.write_text("new")
+        assert not (tmp_path / "folder" / "file").exists()
+    with pytest.raises(ZeroDivisionError), files.new_file(tmp_path / "folder" / "file") as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert [(file.name, file.read_text()) for file in (tmp_path / "folder").iterdir()] == [("file", "new")]

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -30,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_steer.files import write_json, write_text
 from trl_steer.integrations.export.progress import Progress
-from trl_steer.integrations.llama_cpp.export import CONSTANT, OURS, export_gguf
+from trl_steer.integrations.llama_cpp.export import OURS, export_gguf
 from trl_steer.integrations.llama_cpp.families import READS, WRITES, role_of
 from trl_steer.integrations.llama_cpp.gguf_file import BaseFile, Tensor, write
 from trl_steer.tasks import load_task
@@ -69,14 +67,6 @@ class Reference:
 def write_float32(base: BaseFile, path: Path) -> None:
     """The same model, dequantized."""
     write(path, base.architecture, base.metadata(), {name: Tensor(t.values()) for name, t in base.tensors.items()})
-
-
-def idle(adapter: Path, folder: Path) -> Path:
-    """A copy of an adapter with `scaling` 0."""
-    shutil.copytree(adapter, folder)
-    config = folder / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "scaling": 0.0}))
-    return folder
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray, ids: Sequence[int]) -> dict[str, float]:
@@ -143,6 +133,14 @@ def speeds(files: dict[str, Path], rounds: int, ids: list[int], threads: int) ->
     return result
 
 
+def held_out(tokenizer: Any, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the demo's held-out prompts with their completions, and without them."""
+    settings = preset.settings()
+    rows = load_task(settings.benchmark, **settings.source)["test"].select(range(count))
+    texts = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in rows]
+    return texts, [tokenizer(row["prompt"])["input_ids"] for row in rows]
+
+
 class Measurement:
     """
     The numbers of all adapters.
@@ -158,10 +156,7 @@ class Measurement:
         self.folder, self.threads, self.report = folder, threads, report
         self.checkpoint = resolve(EMBEDDED, report.note)
         tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
-        settings = preset.settings()
-        rows = load_task(settings.benchmark, **settings.source)["test"].select(range(prompts))
-        self.texts = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in rows]
-        self.prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+        self.texts, self.prompts = held_out(tokenizer, prompts)
         self.end = tokenizer.eos_token_id
         file = embedded_gguf()
         if file is None:
@@ -169,16 +164,15 @@ class Measurement:
         self.quantized, self.full = BaseFile(file), folder / "base.gguf"
         write_float32(self.quantized, self.full)
 
-    def base(self) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """The base model in both files, and its logits in transformers."""
+    def base(self) -> dict[str, Any]:
+        """The base model in both files."""
         ours = Reference(self.checkpoint, None)
         expected = [ours.logits(ids) for ids in self.texts]
-        found = {
+        return {
             "float32": self._compare(self.full, expected),
             "quantized": self._compare(self.quantized.path, expected),
             "bytes": self.quantized.path.stat().st_size,
         }
-        return found, expected
 
     def adapter(self, name: str, adapter: Path) -> tuple[dict[str, Any], Path]:
         """An adapter in both files, and the quantized one."""
@@ -198,11 +192,6 @@ class Measurement:
         result["architecture"], result["bytes"] = file.architecture, quantized.stat().st_size
         result["metadata"] = {k: v.value for k, v in file.metadata().items() if k.startswith(OURS)}
         return result, quantized
-
-    def idle(self, adapter: Path, expected: list[np.ndarray]) -> dict[str, float]:
-        """What the inserted blocks alone do to the base model in the quantized file."""
-        file = self._export(idle(adapter, self.folder / "idle"), "idle", self.quantized.path)
-        return self._compare(file, expected)
 
     def _export(self, adapter: Path, name: str, base: Path) -> Path:
         with Progress() as progress:
@@ -225,23 +214,18 @@ class Measurement:
 def measure(adapters: dict[str, Path], prompts: int, rounds: int, threads: int, report: Report) -> dict[str, Any]:
     """All numbers, see [`llama_cpp_table.to_markdown`]."""
     results: dict[str, Any] = {"prompts": prompts, "adapters": {}}
-    report.start(len(adapters) + 3)
+    report.start(len(adapters) + 2)
     with tempfile.TemporaryDirectory() as temporary:
         measurement = Measurement(Path(temporary), prompts, threads, report)
         results["tokens"] = sum(map(len, measurement.texts))
         report.step("base model")
-        results["base"], expected = measurement.base()
+        results["base"] = measurement.base()
         report.end(f"KL of the quantized file {results['base']['quantized']['kl']:.2g}")
         files = {"base": measurement.quantized.path}
         for name, adapter in adapters.items():
             report.step(name)
             results["adapters"][name], files[name] = measurement.adapter(name, adapter)
             report.end(f"largest difference {results['adapters'][name]['float32']['vocabulary']:.2g}")
-        low_rank = [name for name, result in results["adapters"].items() if CONSTANT in result["metadata"]]
-        report.step("inserted blocks alone")
-        if low_rank:
-            results["idle"] = measurement.idle(adapters[low_rank[0]], expected)
-        report.end(f"KL {results['idle']['kl']:.2g}" if low_rank else "no adapter has any")
         report.step("speed")
         results["speed"] = speeds(files, rounds, measurement.texts[0], threads)
         report.end("done")

@@ -59,9 +59,6 @@ def _quantized(document: dict[str, Any]) -> str:
         speed = document["speed"]["base" if kept is None else name]
         rates = [_rate(speed[kind], kept is None) for kind in ("prompt", "generation")]
         rows.append([name, kl, added, unchanged, f"{result['bytes'] / 1e6:.1f}", *rates])
-    if "idle" in document:
-        kl = document["idle"]["kl"]
-        rows.append(["base model, with blocks of scaling 0", kl, f"{(kl - noise) / noise:+.3f}", "", "", "", ""])
     header = ["", "KL", "added, as a share of the base model's", "tensors unchanged", "MB", "prompt", "generation"]
     return (
         "On the quantized file (Q4_1), of which the float32 file is made. llama.cpp rounds the inputs of quantized "

@@ -179,8 +179,9 @@ def _check_paths(args: argparse.Namespace) -> None:
         configs = ("config.json", "adapter_config.json")
         if not form.is_file and not any((output / name).is_file() for name in configs):
             raise FileExistsError(f"{output} is not a folder that was exported. Choose another --output.")
-        if args.base is not None and Path(args.base).exists() and output.samefile(args.base):
-            raise FileExistsError(f"{output} is the base model. Choose another --output.")
+        for name, path in (("adapter", args.folder), ("base model", args.base)):
+            if path is not None and Path(path).exists() and output.samefile(path):
+                raise FileExistsError(f"{output} is the {name}. Choose another --output.")
 
 
 if __name__ == "__main__":

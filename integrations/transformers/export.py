@@ -61,6 +61,8 @@ def export_checkpoint(name: str, output: Path, base: str | None, overwrite: bool
         config = AdapterFolder.open(steering).config
         source = base or config.base_model_name_or_path
         _check_config(name, config, source)
+        if Path(source).exists() and output.exists() and output.samefile(source):
+            raise FileExistsError(f"{output} is the base model. Choose another --output.")
         progress.step("Loading the base model")
         model, tokenizer = _load_base(source, name, config)
         if lora is not None:

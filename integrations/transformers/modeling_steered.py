@@ -1,7 +1,7 @@
 """A causal language model with post-block steering: in each steered block, the output `h` becomes
 `h + scaling * act(h @ down.T) @ up.T`, or `h + scaling * vector`.
 
-Loads with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, transformers 5.23 or newer. Written
+Loads with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, transformers 5.19 or newer. Written
 by `trl-steer export`, which replaces the base classes and `BLOCKS` by those of the model.
 """
 

@@ -89,11 +89,13 @@ def test_an_exported_folder_is_replaced_and_no_other_one(folder, capsys):
     assert not [path for path in folder.iterdir() if path.name.endswith(".partial")]
 
 
-def test_the_base_model_is_never_replaced(folder, capsys):
+def test_the_base_model_and_the_adapter_are_never_replaced(folder, capsys):
     before = (folder / "base.gguf").read_bytes()
     assert run("vector --format gguf --base base.gguf --output base.gguf --overwrite") == 1
     assert "base.gguf is the base model" in capsys.readouterr().err
     assert run("vector --format transformers --base base --output base --overwrite") == 1
+    assert run("low_rank --format lora --output low_rank --overwrite") == 1
+    assert "low_rank is the adapter" in capsys.readouterr().err
     assert (folder / "base.gguf").read_bytes() == before
     assert (folder / "base" / "config.json").exists()
 
@@ -165,3 +167,5 @@ def test_base_of_a_checkpoint_is_by_default_that_of_the_adapter(tmp_path, monkey
     assert run("low_rank --format transformers --output out") == 0
     assert capsys.readouterr().out.startswith("Wrote out, with its code in modeling_steered.py")
     assert (tmp_path / "out" / "config.json").exists()
+    assert run("low_rank --format transformers --output base --overwrite") == 1
+    assert "base is the base model" in capsys.readouterr().err
