@@ -217,10 +217,16 @@ def test_removed_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkey
 
 
 def test_a_large_file_is_there_when_it_is_complete_and_not_before(tmp_path):
-    with files.new_file(tmp_path / "folder" / "file") as partial:
-        partial.write_text("new")
-        assert not (tmp_path / "folder" / "file").exists()
-    with pytest.raises(ZeroDivisionError), files.new_file(tmp_path / "folder" / "file") as partial:
-        partial.write_text("half")
-        raise ZeroDivisionError
-    assert [(file.name, file.read_text()) for file in (tmp_path / "folder").iterdir()] == [("file", "new")]
+    path = tmp_path / "folder" / "file"
+
+    def write(text, fails):
+        with files.new_file(path) as partial:
+            partial.write_text(text)
+            assert path.exists() == fails
+            if fails:
+                raise ZeroDivisionError
+
+    write("new", fails=False)
+    with pytest.raises(ZeroDivisionError):
+        write("half", fails=True)
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("file", "new")]

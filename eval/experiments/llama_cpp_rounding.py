@@ -119,7 +119,8 @@ def to_markdown(document: dict[str, Any]) -> str:
         f"`{document['command']}`",
         "SmolLM2-135M-Instruct, Q4_1, in llama.cpp: KL divergence in nats per token from the same model in float32, "
         "in transformers. Rounding errors of the inputs of quantized matrices are others after the smallest change, "
-        f"here of the norm weights, and of the same size. The blocks add to them: {'; '.join(compared)}.",
+        f"here of the norm weights, and of the same size. What the blocks add: {'; '.join(compared)}. The prompts all "
+        "begin with the same instruction, so that their errors are not independent.",
         table(header, rows),
     ]
     return "\n\n".join(parts) + "\n"
