@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ def gguf_model(family: str = "llama", **fields) -> Any:
 
 
 def write_gguf(
-    model: Any, path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.F32, **metadata: int | float | str
+    model: Any,
+    path: Path,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    quantize: Callable = gguf.quants.quantize,
+    **metadata: int | float | str,
 ) -> Path:
     """Writes a model. Matrices get the type `kind`."""
     config = model.config
@@ -58,7 +63,7 @@ def write_gguf(
         if config.model_type != "qwen2" and name.split(".")[-2] in ("attn_q", "attn_k"):
             data = _neighbours(data, config.head_dim)
         own = kind if data.ndim == 2 else GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(data), own), raw_dtype=own)
+        writer.add_tensor(name, quantize(np.ascontiguousarray(data), own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from saved_adapters import JOINT, LOW_RANK, SILU, VECTOR, logits_of, steer
 from tiny_gguf import gguf_model, write_gguf
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_steer import LoReftConfig, PostBlockSteeringConfig, SublayerSteeringConfig, set_scaling
 from trl_steer.eval.experiments.llama_cpp_engine import Engine, EngineMissingError, check_engine
@@ -46,6 +46,18 @@ def export(folder: Path, base: Path, text: Path | None, output: Path) -> Path:
     with Progress() as progress:
         export_gguf(str(folder), output, base, text, progress)
     return output
+
+
+def random_q4_k(data: np.ndarray, kind: Kind) -> np.ndarray:
+    """A random matrix of the same shape in Q4_K, which the package gguf cannot quantize to; other types as usual."""
+    if kind != Kind.Q4_K:
+        return gguf.quants.quantize(data, kind)
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(data.size).integers(0, 256, (*data.shape[:-1], data.shape[-1] // values, size))
+    blocks = blocks.astype(np.uint8)
+    # The scales of values and of minima, in float16: around zero.
+    blocks[..., :4] = np.frombuffer(np.array([2e-4, 15e-4], dtype=np.float16).tobytes(), dtype=np.uint8)
+    return blocks.reshape(*data.shape[:-1], -1)
 
 
 @needs_engine
@@ -99,6 +111,24 @@ def test_attention_and_mlp_with_biases_are_exported(text, tmp_path):
         file = export(tmp_path / f"adapter{number}", base, text, tmp_path / "out.gguf")
         with Engine(file) as engine:
             np.testing.assert_allclose(engine.logits(IDS), logits_of(steered, IDS).numpy(), atol=1e-4)
+
+
+@needs_engine
+def test_blocks_of_256_are_padded_by_256_and_stay_as_they_are(text, tmp_path):
+    model = gguf_model(hidden_size=256, intermediate_size=512)
+    base = BaseFile(write_gguf(model, tmp_path / "base.gguf", Kind.Q4_K, random_q4_k))
+    dequantized = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="base.gguf", dtype=torch.float32).eval()
+    with Engine(base.path) as engine:
+        noise = np.abs(engine.logits(IDS) - logits_of(dequantized, IDS).numpy()).mean()
+    steered = steer(dequantized, LOW_RANK, tmp_path / "adapter")
+    expected = logits_of(steered, IDS)
+    with steered.disable_adapter():
+        assert (logits_of(steered, IDS) - expected).abs().mean() > 5 * noise
+    file = BaseFile(export(tmp_path / "adapter", base.path, text, tmp_path / "out.gguf"))
+    assert kept_bytes(base, file)["changed"] == []
+    assert file.get("deci.embedding_length") == 512
+    with Engine(file.path) as engine:
+        assert np.abs(engine.logits(IDS) - expected.numpy()).mean() < 2 * noise
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
