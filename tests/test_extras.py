@@ -29,6 +29,7 @@ EXTRAS = {
     "find-lr": "reproduce",
     "lm-eval": "eval",
     "alpaca-eval": "alpaca",
+    "export": "gguf",
 }
 # Packages whose absence is no error: without Triton, which PyTorch's builds for GPUs bring, other operators are used.
 OPTIONAL = {"triton"}
@@ -172,6 +173,7 @@ COMMANDS = {
     "a sweep": ("find-lr --output {tmp}/sweep", "optuna", "reproduce"),
     "judging": ("alpaca-eval judge {tmp}/model_outputs.json", "alpaca_eval", "alpaca"),
     "a measure": ("analyze inspect {tmp}", "matplotlib", "analysis"),
+    "a GGUF file": ("export {tmp} --format gguf --base {tmp}/a --output {tmp}/b", "gguf", "gguf"),
     "a plot": ("alpaca-eval report --paper --plot {tmp}/plot.png", "matplotlib", "alpaca"),
     "a quantized model": ("sft --model_name_or_path {tmp} --load_in_4bit --task boolq", "bitsandbytes", "quant"),
 }

@@ -214,3 +214,19 @@ def test_removed_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkey
     assert names(tmp_path) == [seen[0][0]]
     assert seen[0][0].startswith(".folder.")
     assert seen[0][1] == ["one"]
+
+
+def test_a_large_file_is_there_when_it_is_complete_and_not_before(tmp_path):
+    path = tmp_path / "folder" / "file"
+
+    def write(text, fails):
+        with files.new_file(path) as partial:
+            partial.write_text(text)
+            assert path.exists() == fails
+            if fails:
+                raise ZeroDivisionError
+
+    write("new", fails=False)
+    with pytest.raises(ZeroDivisionError):
+        write("half", fails=True)
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("file", "new")]

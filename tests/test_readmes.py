@@ -26,6 +26,7 @@ from checkout import CHECKOUT
 from loopback_judge import LoopbackJudge
 from peft import get_peft_model
 from tiny_chat import tiny_model, tiny_tokenizer
+from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig
 from warm_commands import AS_WRITTEN, WarmCommands
 
@@ -75,6 +76,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ),
     (VLLM, "pip install vllm", "installs it"),
     *((VLLM, start, OF_SERVING) for start in ("trl-steer serve", "from openai", "curl", "from vllm", "lm_eval run")),
+    ("integrations/llama_cpp/README.md", "llama-cli -m", "a program of llama.cpp, which brings its own"),
 ]
 LANGUAGES_THAT_RUN = ("python", "bash")
 OTHER_LANGUAGES = ("bibtex", "text", "yaml", "json")
@@ -100,10 +102,16 @@ def hub(tmp_path_factory) -> Path:
     alpaca = [{"instruction": f"Write {n}.", "input": "", "output": f"{n}."} for n in range(8)]
     task_rows.write_config(folder / "yahma/alpaca-cleaned", "default", {"train": 8}, alpaca)
     for name in (SMOLLM2, "MODEL", "meta-llama/Llama-3.1-8B"):
-        tiny_model(max_position_embeddings=2048).save_pretrained(folder / name)
+        tiny_model(max_position_embeddings=2048, vocab_size=320).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
-    config = PostBlockSteeringConfig(task_type="CAUSAL_LM", r=2)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "MODEL"), config).save_pretrained(folder / "ADAPTER")
+    for name, fields in {
+        "ADAPTER": {"r": 2},
+        "VECTOR": {"steering_type": "vector", "layers_to_transform": [1]},
+    }.items():
+        config = PostBlockSteeringConfig(task_type="CAUSAL_LM", **fields)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "MODEL"), config).save_pretrained(folder / name)
+    write_gguf(AutoModelForCausalLM.from_pretrained(folder / "MODEL"), folder / "MODEL.gguf")
+    (folder / "my_text.txt").write_text("A text of one's own.")
     # Of the real size, and without weights.
     LlamaConfig(
         vocab_size=128256,

@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "split": ("trl_steer.adapter_commands:split", "split a joint adapter into a LoRA and a steering adapter"),
     "join": ("trl_steer.adapter_commands:join", "join a LoRA and a steering adapter into a joint adapter"),
+    "export": ("trl_steer.integrations.export.cli:main", "write an adapter in the format of another program"),
     "serve": ("trl_steer.integrations.vllm.serve:main", "start a vLLM server for a model and its adapters"),
     "alpaca-eval": ("trl_steer.eval.alpaca_eval.cli:main", "AlpacaEval 2.0: generate, judge, report, submit"),
     "analyze": ("trl_steer.eval.analysis.cli:main", "measure what the paper measures, on models, adapters and texts"),

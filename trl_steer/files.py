@@ -73,6 +73,21 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Context manager that yields the path of a temporary file, and renames it to `path` if no error occurs. For files
+    too large for [`write_bytes`]. An existing file is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
 def new_folders(*paths: Path) -> Iterator[list[Path]]:
     """Context manager that yields a temporary folder for each path, and renames them to `paths` if no error occurs.
 

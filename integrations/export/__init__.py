@@ -1,0 +1,1 @@
+"""`trl-steer export`: writes adapters in the formats of other programs."""

@@ -1,0 +1,1 @@
+"""Export to plain transformers checkpoints, which load without this package."""
