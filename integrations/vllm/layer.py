@@ -32,7 +32,7 @@ class Slots:
         owner (`torch.Tensor`): (columns,), the slot of each column.
         constant (`torch.Tensor`): (columns,), 1 in the last column of each slot, otherwise 0.
         activations (`dict[str, torch.Tensor]`): Name -> (columns,), boolean, the columns that it is applied to.
-        of_tokens (`torch.Tensor`): (max_tokens,), the slot of each token, -1 for the base model.
+        of_tokens (`torch.Tensor`): (max_tokens, columns), boolean, the columns of the adapter of each token.
     """
 
     def __init__(self, count: int, max_rank: int, max_tokens: int, dtype: torch.dtype, device: torch.device):
@@ -42,7 +42,7 @@ class Slots:
         self.constant[max_rank :: max_rank + 1] = 1
         self.activations: dict[str, torch.Tensor] = {}
         self.functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        self.of_tokens = torch.full((max_tokens,), -1, device=device)
+        self.of_tokens = torch.zeros(max_tokens, len(self.owner), dtype=torch.bool, device=device)
 
     def allow(self, activation: str) -> None:
         """Makes an activation known, from the next forward pass on."""
@@ -57,7 +57,7 @@ class Slots:
 
     def set_tokens(self, slots: Sequence[int]) -> None:
         """Sets the slots of the tokens of the next forward passes, -1 for the base model."""
-        self.of_tokens[: len(slots)] = torch.tensor(slots, device=self.device)
+        self.of_tokens[: len(slots)] = torch.tensor(slots, device=self.device).unsqueeze(1) == self.owner
 
     def of(self, slot: int) -> slice:
         """The columns of a low-rank update in a slot."""
@@ -120,8 +120,7 @@ class SteeringLayer(BaseLayerWithLoRA):
         z = F.linear(h, self.down, self.slots.constant)
         for name, columns in self.slots.activations.items():
             z = torch.where(columns, self.slots.functions[name](z), z)
-        own = self.slots.of_tokens[: h.shape[0], None] == self.slots.owner
-        return torch.addmm(base, torch.where(own, z, 0.0), self.up)
+        return torch.addmm(base, torch.where(self.slots.of_tokens[: h.shape[0]], z, 0.0), self.up)
 
 
 def attach(layer: SteeringLayer, block: nn.Module, name: str, place: Place) -> None:
