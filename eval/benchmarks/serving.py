@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import report
-from .harness import Result, alternate, compare
+from .harness import CLOCKS, Result, alternate, compare, use_clock
 
 NAME = "serving"
 STOCK, BASE, LORA = "base model, vLLM alone", "base model", "LoRA r=8 all-linear"
@@ -97,7 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}", description=__doc__)
     parser.add_argument("--model", default="embedded", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall time, or CPU time (default: wall)")
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    use_clock(parsed.clock)
     from trl_steer.eval.models import resolve
 
     results = list(run(resolve(parsed.model), parsed.repeats))

@@ -21,7 +21,7 @@ JOINT = "JOINT_STEERING"
 OURS = ("POST_BLOCK_STEERING", "SUBLAYER_STEERING", JOINT)
 # Tuners whose adapters are never served, and what to do instead.
 _OTHERS = {
-    "LOREFT": "its edit is not an update of low rank that is added. Generate with transformers",
+    "LOREFT": "its edit has a form that is not computed here. Generate with transformers",
     "LOFIT": "it steers attention heads. Merge it into a base model whose attention output has a bias",
     "JOLA": "it steers attention heads. Merge it into a base model whose attention output has a bias",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .families import Place
 
 class Slots:
     """
-    What the layers of all sites share: the columns of the adapters in vLLM's slots.
+    What the layers of all sites share: the columns of the adapters in vLLM's slots, and the slots of a batch's tokens.
 
     The layers compute the bottlenecks of all slots side by side, as `slots * (max_rank + 1)` columns, and keep for
     each token those of its own adapter. The last column of each slot is the constant 1, whose row of `up` is the
@@ -25,21 +25,24 @@ class Slots:
     Args:
         count (`int`): Number of slots.
         max_rank (`int`): Columns of each slot for a low-rank update.
+        max_tokens (`int`): The largest number of tokens in a batch.
         dtype (`torch.dtype`), device (`torch.device`): Of the weights.
 
     Attributes:
         owner (`torch.Tensor`): (columns,), the slot of each column.
         constant (`torch.Tensor`): (columns,), 1 in the last column of each slot, otherwise 0.
         activations (`dict[str, torch.Tensor]`): Name -> (columns,), boolean, the columns that it is applied to.
+        of_tokens (`torch.Tensor`): (max_tokens, columns), boolean, the columns of the adapter of each token.
     """
 
-    def __init__(self, count: int, max_rank: int, dtype: torch.dtype, device: torch.device):
-        self.count, self.max_rank, self.dtype, self.device = count, max_rank, dtype, device
+    def __init__(self, count: int, max_rank: int, max_tokens: int, dtype: torch.dtype, device: torch.device):
+        self.max_rank, self.dtype, self.device = max_rank, dtype, device
         self.owner = torch.arange(count, device=device).repeat_interleave(max_rank + 1)
         self.constant = torch.zeros(len(self.owner), dtype=dtype, device=device)
         self.constant[max_rank :: max_rank + 1] = 1
         self.activations: dict[str, torch.Tensor] = {}
         self.functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.of_tokens = torch.zeros(max_tokens, len(self.owner), dtype=torch.bool, device=device)
 
     def allow(self, activation: str) -> None:
         """Makes an activation known, from the next forward pass on."""
@@ -51,6 +54,10 @@ class Slots:
         """Sets the activation of the adapter in a slot, `None` for the identity."""
         for name, columns in self.activations.items():
             columns[self.of(slot)] = name == activation
+
+    def set_tokens(self, slots: Sequence[int]) -> None:
+        """Sets the slots of the tokens of the next forward passes, -1 for the base model."""
+        self.of_tokens[: len(slots)] = torch.tensor(slots, device=self.device).unsqueeze(1) == self.owner
 
     def of(self, slot: int) -> slice:
         """The columns of a low-rank update in a slot."""
@@ -113,9 +120,7 @@ class SteeringLayer(BaseLayerWithLoRA):
         z = F.linear(h, self.down, self.slots.constant)
         for name, columns in self.slots.activations.items():
             z = torch.where(columns, self.slots.functions[name](z), z)
-        # Tokens of the base model have index -1, which owns no column.
-        index = self.punica_wrapper._token_lora_indices[: h.shape[0], None]
-        return torch.addmm(base, torch.where(index == self.slots.owner, z, 0.0), self.up)
+        return torch.addmm(base, torch.where(self.slots.of_tokens[: h.shape[0]], z, 0.0), self.up)
 
 
 def attach(layer: SteeringLayer, block: nn.Module, name: str, place: Place) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -38,6 +40,7 @@ class SteeredModel(LoRAModel):
     """An adapter with steering, and perhaps LoRA, in the form of vLLM's LoRA adapters."""
 
     activation: str | None = None
+    has_lora = False
 
     @classmethod
     def of(cls, lora_model_id: int, lora: LoRAModel | None, steering: Steering) -> SteeredModel:
@@ -53,7 +56,7 @@ class SteeredModel(LoRAModel):
             name = _layer_name(block, steering.site)
             loras[name] = LoRALayerWeights(name, ranks[block], 1, weights.down, weights.up, scaling=1.0)
         model = cls(lora_model_id, max(ranks.values()), loras)
-        model.activation = steering.activation
+        model.activation, model.has_lora = steering.activation, lora is not None
         return model
 
 
@@ -79,7 +82,9 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
         super()._create_lora_modules()
         self._spare_slots = 0
         config = self.lora_config
-        self._slots = Slots(config.max_loras, config.max_lora_rank, config.lora_dtype, self.device)
+        self._slots = Slots(
+            config.max_loras, config.max_lora_rank, self.max_num_batched_tokens, config.lora_dtype, self.device
+        )
         self._sites: set[str] = set()
         if is_listed(self.model) and not self.is_split():
             for site in os.environ.get(SITES_VARIABLE, "" if self._is_eager else "post_block").split():
@@ -93,7 +98,6 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
         place, width = place_of(self.model, site), text_config(self.model).hidden_size
         for block in find_blocks(self.model):
             layer = SteeringLayer(width, self._slots)
-            layer.set_mapping(self._get_punica_wrapper(block))
             name = _layer_name(block, site)
             attach(layer, self.model.get_submodule(block), name.rpartition(".")[2], place)
             self.register_module(name, layer)
@@ -125,7 +129,21 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
             adapter = self._registered_adapters[lora_id]
             activation = adapter.activation if isinstance(adapter, SteeredModel) else None
             self._slots.set_activation(self.lora_index_to_id.index(lora_id), activation)
+            self._last_mapping = None  # the adapter may have LoRA now, and not before
         return activated
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        """Lets vLLM's LoRA layers take tokens whose adapter has no LoRA for those of the base model, which saves all
+        of their time if no token has LoRA."""
+        slots = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
+        self._slots.set_tokens([slots.get(lora_id, -1) for lora_id in mapping.index_mapping])
+        adapters = self.list_adapters().items()
+        hidden = {lora_id for lora_id, one in adapters if isinstance(one, SteeredModel) and not one.has_lora}
+        index, prompt = (
+            tuple(0 if lora_id in hidden else lora_id for lora_id in ids)
+            for ids in (mapping.index_mapping, mapping.prompt_mapping)
+        )
+        super()._set_adapter_mapping(replace(mapping, index_mapping=index, prompt_mapping=prompt))
 
     def is_split(self) -> bool:
         """Whether other processes have some of the blocks."""

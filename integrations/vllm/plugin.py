@@ -30,13 +30,11 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.lora_slots": None,
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.register_module": ("self", "module_name", "module"),
     "vllm.lora.model_manager:LRUCacheLoRAModelManager._create_lora_modules": ("self",),
-    "vllm.lora.model_manager:LRUCacheLoRAModelManager._get_punica_wrapper": ("self", "module_name"),
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager._set_adapter_mapping": ("self", "mapping"),
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager.list_adapters": ("self",),
     "vllm.lora.layers.base:BaseLayerWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
     "vllm.lora.layers.base:BaseLayerWithLoRA.reset_lora": ("self", "index"),
-    "vllm.lora.layers.base:BaseLayerWithLoRA.set_mapping": ("self", "punica_wrapper"),
-    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.__init__": (
-        *("self", "max_num_batched_tokens", "max_batches", "device", "kwargs"),
-    ),
+    "vllm.lora.layers:LoRAMapping": ("index_mapping", "prompt_mapping", "is_prefill", "type"),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
     "vllm.lora.lora_weights:LoRALayerWeights.__init__": (
         *("self", "module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"),
@@ -83,10 +81,6 @@ def why_not() -> str | None:
         problem = _problem(name, arguments)
         if problem is not None:
             return f"this vLLM {vllm.__version__} {problem}"
-    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-
-    if "_token_lora_indices" not in PunicaWrapperBase.__init__.__code__.co_names:
-        return f"this vLLM {vllm.__version__} keeps the adapter of each token elsewhere"
     return None
 
 

@@ -56,7 +56,8 @@ def _prepare(model: str, adapters: dict[str, str], others: Sequence[str]) -> tup
 
     needs = needs_of(adapters)
     command = [sys.executable, "-m", SERVER, "--model", model, *options(adapters, needs.rank), *others]
-    return command, {SITES_VARIABLE: " ".join(needs.sites), ACTIVATIONS_VARIABLE: " ".join(needs.activations)}
+    found = {SITES_VARIABLE: needs.sites, ACTIVATIONS_VARIABLE: needs.activations}
+    return command, {variable: " ".join(names) for variable, names in found.items() if names}
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

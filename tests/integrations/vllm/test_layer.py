@@ -7,7 +7,6 @@ from serving_cases import WHY
 pytest.importorskip("vllm", reason=WHY)
 
 from transformers.activations import ACT2FN
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from trl_steer.integrations.vllm.layer import Slots, SteeringLayer
 
@@ -16,14 +15,12 @@ WIDTH, SLOTS, MAX_RANK = 12, 3, 4
 
 @pytest.fixture
 def layer():
-    layer = SteeringLayer(WIDTH, Slots(SLOTS, MAX_RANK, torch.float32, torch.device("cpu")))
-    layer.set_mapping(PunicaWrapperCPU(64, 8, torch.device("cpu")))
-    return layer
+    return SteeringLayer(WIDTH, Slots(SLOTS, MAX_RANK, 64, torch.float32, torch.device("cpu")))
 
 
 def assign(layer, tokens: list[int]) -> torch.Tensor:
     """Hidden states of tokens with adapters in these slots, -1 for the base model."""
-    layer.punica_wrapper._token_lora_indices[: len(tokens)] = torch.tensor(tokens)
+    layer.slots.set_tokens(tokens)
     return torch.randn(len(tokens), WIDTH)
 
 

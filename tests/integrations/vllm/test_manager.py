@@ -6,14 +6,14 @@ import sys
 
 import pytest
 from model_zoo import FAMILIES
-from serving_cases import ENVIRONMENT, WHY, lora, post_block, sublayer, write_adapters
+from serving_cases import ENVIRONMENT, WHY, joint, lora, post_block, sublayer, write_adapters
 from tiny_chat import tiny_model
 
 pytest.importorskip("vllm", reason=WHY)
 
 CODE = """
 import json, sys
-from vllm import LLM
+from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 folder, is_compiled, *names = sys.argv[1:]
@@ -22,14 +22,17 @@ config = engine.llm_engine.vllm_config
 salted, salt = config.compute_hash(), config.additional_config.pop("trl_steer")
 worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.lora_manager
 manager = worker._adapter_manager
-found = {"salt": salt, "is salted": salted != config.compute_hash(), "is eager": manager._is_eager}
+found = {"salt": salt, "is salted": salted != config.compute_hash(), "is eager": manager._is_eager, "idle": {}}
 found["at first"] = [sorted(manager._sites), sorted(manager._slots.activations)]
 if is_compiled == "yes":
     manager._is_eager = False  # with LoRA, vLLM compiles nothing on a CPU
 for number, name in enumerate(names, 1):
     try:
-        worker.add_adapter(LoRARequest(name, number, f"{folder}/{name}"))
+        request = LoRARequest(name, number, f"{folder}/{name}")
+        worker.add_adapter(request)
         found[name] = "loaded"
+        engine.generate({"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=2), lora_request=request)
+        found["idle"][name] = manager.punica_wrapper_mapping["language_model"].no_lora
     except ValueError as error:
         found[name] = str(error)
 found["at last"] = [sorted(manager._sites), sorted(manager._slots.activations)]
@@ -70,11 +73,18 @@ def test_a_compiled_model_serves_what_it_had_from_the_start_and_has_a_cache_of_i
 
 
 def test_an_eager_model_gets_what_adapters_need(tmp_path):
-    configs = {"lora": lora(r=2), "tanh": post_block(r=2, activation="tanh"), "post_mlp": sublayer("post_mlp", r=2)}
+    configs = {
+        "lora": lora(r=2),
+        "tanh": post_block(r=2, activation="tanh"),
+        "joint": joint({"r": 2}, r=2),
+        "post_mlp": sublayer("post_mlp", r=2),
+    }
     found = load_all(tiny_model(**SIZES), tmp_path, configs)
     assert (found["is eager"], found["at first"]) == (True, [[], []])
-    assert [found[name] for name in configs] == ["loaded"] * 3
+    assert [found[name] for name in configs] == ["loaded"] * 4
     assert found["at last"] == [["post_block", "post_mlp"], ["tanh"]]
+    # vLLM's LoRA layers do nothing for adapters without LoRA.
+    assert found["idle"] == {"lora": False, "tanh": True, "joint": False, "post_mlp": True}
 
 
 def test_a_family_that_was_not_compared_with_peft_is_refused_and_keeps_lora(tmp_path):
