@@ -269,7 +269,13 @@ def test_pickled_member_opens_in_a_process_that_has_imported_nothing(server):
     assert server.run(f"import pickle; print(pickle.loads({data!r}).value)") == "POST_BLOCK_STEERING\n"
 
 
-@pytest.mark.parametrize("other", ["importlib.metadata", "email.message", "torch", "trl_steer"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "torch",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("importlib.metadata", "email.message", "trl_steer")),
+    ],
+)
 def test_importing_peft_while_another_thread_imports_our_dependencies_does_not_deadlock(other):
     # In a process of its own, since what the fork server has imported no thread waits for.
     code = f"""

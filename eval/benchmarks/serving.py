@@ -39,6 +39,8 @@ def run(model: str, repeats: int, requests: int = REQUESTS, tokens: int = TOKENS
         requests (`int`), tokens (`int`): Number of requests at once, and of tokens in a prompt and in an answer.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # In GiB. On a CPU, the first engine would take nearly all of the memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as folder:
         adapters = _write_adapters(model, Path(folder))
         stock, ours = _engines(model, 2 * tokens)

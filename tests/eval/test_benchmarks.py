@@ -86,7 +86,13 @@ def test_report_names_ratio_spread_and_bound():
     assert "| a case | ours / theirs | 1.500 | 1.500 to 1.500 | 1500.0 / 1000.0 ms |" in report.table([result(1.5)])
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+# Those that run our own operators. The others take a minute together.
+QUICK = ("adapters", "gpu", "training")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BENCHMARKS]
+)
 def test_quick_run_writes_ratios_machine_versions_and_command(name, tmp_path, capsys):
     arguments = ["--only", name, "--quick", "--device", "cpu", "--output", str(tmp_path)]
     assert main(arguments) == 0

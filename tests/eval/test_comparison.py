@@ -67,7 +67,13 @@ def arguments(model, tmp_path):
     return ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results"), "--model", model, "--fast"]
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "joint_comparison",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in set(COMPARISONS) - {"joint_comparison"}),
+    ],
+)
 def test_comparison_trains_scores_and_reports_each_method(name, arguments, tmp_path):
     assert comparison.main([name, *arguments, "--seeds", "3"]) == 0
     results = json.loads((tmp_path / "results" / f"{name}.json").read_text())

@@ -144,6 +144,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(folder):
     code = """
 import os, signal, sys
 from trl_steer import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 def hook(event, args):
     if event == "open" and str(args[0]).endswith(".partial"):
         os.kill(os.getpid(), signal.SIGINT)
