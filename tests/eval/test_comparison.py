@@ -71,7 +71,7 @@ def arguments(model, tmp_path):
     "name",
     [
         "joint_comparison",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in set(COMPARISONS) - {"joint_comparison"}),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(COMPARISONS) - {"joint_comparison"})),
     ],
 )
 def test_comparison_trains_scores_and_reports_each_method(name, arguments, tmp_path):
