@@ -140,7 +140,7 @@ def test_a_field_of_a_wrong_type_is_one_line(which, fields, good, tmp_path, caps
 
 @pytest.mark.parametrize("failure", ["weights", "second weights", "rename", "second rename"])
 def test_a_disk_that_fails_leaves_nothing_and_is_one_line(failure, good, tmp_path, capsys, monkeypatch):
-    calls = []
+    folder, calls = good("joint") / "joint", []  # written before anything fails
 
     def failing(function, error):
         def call(*args, **kwargs):
@@ -157,7 +157,7 @@ def test_a_disk_that_fails_leaves_nothing_and_is_one_line(failure, good, tmp_pat
     else:
         monkeypatch.setattr(os, "rename", failing(os.rename, OSError(30, "Read-only file system")))
     (tmp_path / "out").mkdir()
-    assert split_to(good("joint") / "joint", tmp_path / "out") == 1
+    assert split_to(folder, tmp_path / "out") == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not list((tmp_path / "out").iterdir())
 
