@@ -86,8 +86,8 @@ def test_report_names_ratio_spread_and_bound():
     assert "| a case | ours / theirs | 1.500 | 1.500 to 1.500 | 1500.0 / 1000.0 ms |" in report.table([result(1.5)])
 
 
-# Those that run our own operators. The others take a minute together.
-QUICK = ("adapters", "gpu", "training")
+# The one with all of our operators. The others take more than a minute together.
+QUICK = ("gpu",)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_stock_lm_eval_cli_scores_the_steered_model_as_its_api_does(folder, monk
     assert abs(steered["perplexity"] - base["perplexity"]) > 1e-3 * abs(base["perplexity"])
 
 
+@pytest.mark.slow
 def test_without_autoload_the_cli_fails_with_pefts_own_error(folder):
     process = run_lm_eval(folder, TRL_STEER_NO_AUTOLOAD="1")
     assert process.returncode != 0

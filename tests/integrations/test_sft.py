@@ -253,7 +253,8 @@ def test_the_loss_of_the_first_step_is_logged_so_that_a_rise_is_seen(recipe, tmp
     assert [row["step"] for row in history if "loss" in row] == [1, 4]
 
 
-@pytest.mark.parametrize("given_by", ["argument", pytest.param("config file", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_num_processes_2_on_a_cpu_starts_two_processes takes the same way
+@pytest.mark.parametrize("given_by", ["argument", "config file"])
 def test_options_of_the_launcher_start_the_command_again_under_it(given_by, recipe, tmp_path, monkeypatch, capfd):
     for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

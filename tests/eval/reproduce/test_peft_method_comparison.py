@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from checkout import CHECKOUT
 
 EXPERIMENTS = CHECKOUT / "eval/reproduce/peft_method_comparison/experiments"
@@ -20,6 +21,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_experiments_are_read_by_stock_peft():
     folders = sorted(EXPERIMENTS.glob("*/*"))
     assert [str(folder.relative_to(EXPERIMENTS)) for folder in folders] == [

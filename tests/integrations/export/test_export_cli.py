@@ -140,6 +140,7 @@ def test_help_names_every_format(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_leaves_nothing(folder):
     code = """
 import os, signal, sys
