@@ -1,9 +1,11 @@
 """Folders of studies as `trl-steer reproduce` leaves them, with answers that a test chooses. Nothing is trained."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_steer import cli
 from trl_steer.eval import runs
 from trl_steer.eval.reproduce import results, study
 from trl_steer.files import write_json
@@ -149,3 +151,31 @@ def small_training(cell: study.Cell) -> dict[str, Any]:
 def parse(text: str) -> dict[tuple[str, str, str], list[str]]:
     lines = [[part.strip() for part in line.split("|")] for line in text.strip().splitlines()]
     return {(model, row, task): words.split() for model, row, task, words in lines}
+
+
+def table(text, caption):
+    """The rows of the table below a paragraph that begins so. Empty cells of groups are filled."""
+    (found,) = re.findall(rf"^{re.escape(caption)}.*\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in found.splitlines()]
+    header, rows, before = [cell.strip() for cell in found.splitlines()[0].strip("|").split("|")], [], []
+    for line in found.splitlines()[2:]:
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        assert len(cells) == len(header) == len(lines[0])
+        # The first cells of a row are empty where they are those of the row before.
+        for place in range(2):
+            if not cells[place] and before:
+                cells[place] = before[place]
+            else:
+                break
+        rows.append(cells)
+        before = cells
+    return header, rows
+
+
+def failure(capsys, *arguments):
+    """What `trl-steer report` prints where it fails, line by line."""
+    capsys.readouterr()
+    assert cli.main(["report", *map(str, arguments)]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.splitlines()
