@@ -47,14 +47,15 @@ def run(model: str, repeats: int, requests: int = REQUESTS, tokens: int = TOKENS
         prompts = torch.randint(10, 1000, (requests, tokens), generator=torch.Generator().manual_seed(0)).tolist()
         sides = {STOCK: _generate(stock, prompts, None), BASE: _generate(ours, prompts, None)}
         sides |= {name: _generate(ours, prompts, adapters[name]) for name in (*STEERING, LORA)}
-        seconds = alternate(sides, repeats)
-    throughput = {name: [2 * requests * tokens / one for one in each] for name, each in seconds.items()}
-    case = f"{requests} requests, {tokens} + {tokens} tokens, float32, {SLOTS['max_loras']} slots of rank 8"
-    yield compare(NAME, case, throughput, BASE, STOCK, "tokens/s")
-    for name in STEERING:
-        yield compare(NAME, case, throughput, name, STOCK, "tokens/s", bound=">= 0.95")
-        yield compare(NAME, case, throughput, name, LORA, "tokens/s", bound=">= 1.0")
-    yield compare(NAME, case, throughput, LORA, STOCK, "tokens/s")
+        case = f"{requests} requests, {tokens} + {tokens} tokens, float32, {SLOTS['max_loras']} slots of rank 8"
+        # What is compared runs one right after the other, since the speed of a machine drifts within a long round.
+        for names in ((STOCK, BASE), *((STOCK, name, LORA) for name in STEERING)):
+            seconds = alternate({name: sides[name] for name in names}, repeats)
+            throughput = {name: [2 * requests * tokens / one for one in each] for name, each in seconds.items()}
+            bound = None if names[1] == BASE else ">= 0.95"
+            yield compare(NAME, case, throughput, names[1], STOCK, "tokens/s", bound=bound)
+            if LORA in names:
+                yield compare(NAME, case, throughput, names[1], LORA, "tokens/s", bound=">= 1.0")
 
 
 def _write_adapters(model: str, folder: Path) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class SteeringModelManager(LRUCacheLoRAModelManager):
         self._spare_slots = 0
         config = self.lora_config
         self._slots = Slots(
-            config.max_loras, config.max_lora_rank, self.max_num_batched_tokens, config.lora_dtype, self.device
+            *(config.max_loras, config.max_lora_rank, self.max_num_batched_tokens),
+            *(config.lora_dtype, self.device, self._is_eager),
         )
         self._sites: set[str] = set()
         if is_listed(self.model) and not self.is_split():
