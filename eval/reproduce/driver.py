@@ -80,6 +80,7 @@ class _Driver:
                 self._count(found)
             else:
                 queue.append(cell)
+        self._show_progress()  # once, so that the time that is left does not follow from cells that took none
         attempts: Counter[str] = Counter()
         while queue or not self.engine.is_idle():
             while queue and self.engine.is_free():
@@ -88,6 +89,7 @@ class _Driver:
                 attempts[cell.key] += 1
                 if self._record(cell, outcome, attempts[cell.key]):
                     self._count(result_of(cell, self.folder))
+                    self._show_progress()
                 else:
                     queue.append(cell)
         return [result_of(cell, self.folder) for cell in cells]
@@ -123,6 +125,8 @@ class _Driver:
     def _count(self, result: Result) -> None:
         failure = result.failure
         self.counts["finished" if failure is None else "diverged" if failure.diverged else "failed"] += 1
+
+    def _show_progress(self) -> None:
         self.report.progress(self.counts.total(), self.total, self.summary())
 
 
