@@ -187,6 +187,7 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()  # processes that leave their group while it is used can hang
     if hasattr(trainer, "end"):
         trainer.end()
     return trainer

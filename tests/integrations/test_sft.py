@@ -1,6 +1,7 @@
 """`trl-steer sft` trains what it is asked to, and says what goes wrong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -270,10 +271,13 @@ def test_options_of_the_launcher_start_the_command_again_under_it(given_by, reci
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_num_processes_2_on_a_cpu_starts_two_processes(recipe, tmp_path, monkeypatch, capfd):
-    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    argv = ["--config", str(recipe), "--output_dir", str(tmp_path), "--num_processes", "2", "--num_train_epochs", "1"]
-    assert sft.main([*argv, "--per_device_train_batch_size", "2", "--save_strategy", "epoch"]) == 0
+def test_num_processes_2_on_a_cpu_starts_two_processes(recipe, tmp_path):
+    launched = {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"}  # where other tests in this process set them
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    command = [sys.executable, "-m", "trl_steer.cli", "sft", "--config", str(recipe), "--output_dir", str(tmp_path)]
+    command += ["--num_processes", "2", "--main_process_port", "0"]  # any free port
+    command += ["--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--save_strategy", "epoch"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert ran.returncode == 0, ran.stderr
     # 8 rows, 2 a process and step
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
