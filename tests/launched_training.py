@@ -1,5 +1,6 @@
 """A script for `accelerate launch`: trains in float64 with SGD and writes losses, weights and adapter folders."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -54,4 +55,5 @@ if __name__ == "__main__":
     for kind in KINDS:
         result = train(kind, out, processes=2)
         torch.save(result, out / f"{kind}-{torch.distributed.get_rank()}.pt")
+    gc.collect()  # DDP's reducer must not be the last to refer to the group
     torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ that are not given, and `--task` one of our tasks as the dataset.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Container, Sequence
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, method: str
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     try:
-        return _run(request, argv)
+        status = _run(request, argv)
     except KeyboardInterrupt:
         folder = request.given.get("output_dir")
         print(
@@ -59,17 +60,32 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, method: str
             "--resume_from_checkpoint true.",
             file=sys.stderr,
         )
-        return 130
+        status = 130
     except Exception as error:
         if request.shows_traceback:
             raise
         print(f"{name}: error: {_in_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+        status = 2 if isinstance(error, ArgumentError) else 1
+    _leave_process_group()
+    return status
 
 
 def joint(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """`trl-steer joint`: short for `trl-steer sft --method joint_orth`."""
     return main(argv, prog, "joint_orth")
+
+
+def _leave_process_group() -> None:
+    """Leaves the group of the processes of distributed training, which PyTorch does not do by itself.
+
+    Otherwise, a process can hang at its end: whoever drops the last reference to the group waits for gloo's threads,
+    and these for the interpreter's lock. DDP's reducer drops its reference without releasing that lock, so that it has
+    to go first.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()
 
 
 def _run(request: Request, argv: Sequence[str]) -> int:
@@ -187,7 +203,6 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.accelerator.end_training()  # processes that leave their group while it is used can hang
     if hasattr(trainer, "end"):
         trainer.end()
     return trainer
