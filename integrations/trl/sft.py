@@ -76,11 +76,10 @@ def joint(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """Leaves the group of the processes of distributed training, which PyTorch does not do by itself.
+    """Leaves the group of the processes of distributed training, when the trainer no longer exists.
 
-    Otherwise, a process can hang at its end: whoever drops the last reference to the group waits for gloo's threads,
-    and these for the interpreter's lock. DDP's reducer drops its reference without releasing that lock, so that it has
-    to go first.
+    `Trainer.end` would leave it earlier, and the process could hang: whoever drops the last reference to the group
+    waits for gloo's threads, and these for the interpreter's lock, which DDP's reducer does not release.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -203,8 +202,6 @@ def train(request: Request, script_args: Any, training_args: Any, model_args: An
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if hasattr(trainer, "end"):
-        trainer.end()
     return trainer
 
 
