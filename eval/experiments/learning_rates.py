@@ -3,9 +3,10 @@
     python -m trl_steer.eval.experiments.learning_rates --runs learning-rates
 
 Low-rank steering has a cliff just above its best learning rate. Each variant of [`VARIANTS`] is trained on two tasks,
-at rates over two decades, with several seeds, on SmolLM2-135M-Instruct. A run is one epoch with the schedule of
-`trl-steer sft` and batches of 4, and is scored on held-out examples. Finished runs are not repeated, so that rates and
-seeds can be added later, and several processes can share the work. The table and the picture are written at the end.
+at rates over two decades, with several seeds, on SmolLM2-135M-Instruct in bfloat16, with adapters in float32. A run is
+one epoch with the schedule of `trl-steer sft`, and is scored on held-out examples. Finished runs are not repeated, so
+that rates and seeds can be added later, and several processes can share the work. The table and the picture are
+written at the end.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Task(NamedTuple):
         name (`str`): The task of `trl_steer.tasks`.
         source (`dict`): Source of its dataset.
         train (`int`), held_out (`int`): Number of examples.
+        batch (`int`): Examples in a step.
         is_generated (`bool`): Whether the seed of a run is also that of its examples.
         score (`str`): `"answers"`, the share of examples of which greedy decoding would give the whole completion, or
             `"tokens"`, the share of tokens of completions which it would choose after the right ones.
@@ -55,15 +57,15 @@ class Task(NamedTuple):
     source: Mapping[str, Any]
     train: int
     held_out: int
+    batch: int
     is_generated: bool
     score: str
 
 
+_LISTS = {"validation": 0, "train": 240, "test": 200, **preset.TOKENS}
 TASKS = (
-    Task(
-        "listops_synthetic", {"validation": 0, "train": 240, "test": 200, **preset.TOKENS}, 240, 200, True, "answers"
-    ),
-    Task("gsm8k", {}, 120, 60, False, "tokens"),
+    Task("listops_synthetic", _LISTS, train=240, held_out=200, batch=4, is_generated=True, score="answers"),
+    Task("gsm8k", {}, train=64, held_out=32, batch=2, is_generated=False, score="tokens"),
 )
 
 
@@ -126,10 +128,11 @@ def run(variant: Variant, task: Task, rate: float, seed: int, model: str, folder
     source = {**task.source, "seed": seed} if task.is_generated else task.source
     rows = load_task(task.name, **source)
     given = {**of_preset("default", "low_rank", task.name)["training"], "learning_rate": rate, "num_train_epochs": 1}
+    given["per_device_train_batch_size"] = task.batch
     if variant.clip_blocks:
         given["max_grad_norm"] = 0.0  # by the callback instead
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
         args=SFTConfig(
             output_dir=str(folder),
             seed=seed,
@@ -275,7 +278,7 @@ def _plateau(scores: Mapping[float, Sequence[float]], noise: float) -> dict[str,
 def report(summary: dict[str, Any]) -> Report:
     """The results in words, as tables and as a picture."""
     parts = [
-        "Low-rank post-block steering of rank 8 on SmolLM2-135M-Instruct, "
+        "Low-rank post-block steering of rank 8 on SmolLM2-135M-Instruct in bfloat16, with adapters in float32, "
         f"{len(summary['seeds'])} seeds. The plateau is the range of tried rates around the best whose mean score is "
         "within one standard error of a difference of two means."
     ]
