@@ -21,8 +21,8 @@ from .positions import chosen_tokens
 
 logger = logging.get_logger(__name__)
 
-# Arguments of transformers' models with the results of earlier forward passes.
-_CACHES = ("past_key_values", "cache_params")
+# Arguments of transformers' models with the results of earlier forward passes. The first is that of 5.24 and later.
+_CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class Prompt:
