@@ -27,6 +27,7 @@ def small(monkeypatch):
     source = {**LISTS.source, "train": 8, "test": 4}
     small = LISTS._replace(source=source, train=8, held_out=4, score="tokens")
     monkeypatch.setattr(learning_rates, "TASKS", (small,))
+    monkeypatch.setattr(learning_rates, "VARIANTS", {name: VARIANTS[name] for name in ("default", "rms")})
     return small
 
 
@@ -136,16 +137,17 @@ def test_the_command_makes_each_run_once_and_reports(model, small, tmp_path, cap
     arguments += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
     assert learning_rates.main([*arguments, "--tasks", small.name]) == 0
     results = sorted((tmp_path / "runs").glob("*/result.json"))
-    assert len(results) == 4 * len(VARIANTS)
+    assert len(results) == 8
     before = [path.stat().st_mtime_ns for path in results]
     assert learning_rates.main([*arguments, "--tasks", small.name]) == 0
     assert [path.stat().st_mtime_ns for path in results] == before
     written = json.loads((tmp_path / "out" / "learning_rates.json").read_text())
-    for name in VARIANTS:
+    for name in ("default", "rms"):
         for rate, scores in written["tasks"][small.name]["scores"][name].items():
             for seed, score in zip((0, 1), scores, strict=True):
                 path = learning_rates._path(tmp_path / "runs", name, small, float(rate), seed)
                 assert score == json.loads((path / "result.json").read_text())["score"]
     text = (tmp_path / "out" / "learning_rates.md").read_text()
-    assert all(variant.title in text for variant in VARIANTS.values())
+    assert VARIANTS["default"].title in text
+    assert VARIANTS["rms"].title in text
     assert (tmp_path / "out" / "learning_rates.png").stat().st_size > 10_000

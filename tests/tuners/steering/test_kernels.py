@@ -78,11 +78,15 @@ def test_no_less_accurate_than_the_plain_form(lead, d, r, layout, dtypes, activa
     assert (output.dtype, output.shape) == (dtype, h.shape)
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
     results = zip([output, *grads], [plain, *plain_grads], [expected, *expected_grads], strict=True)
+    # The order of a sum decides about the error of a few values that nearly cancel.
+    size, sizes = exact([t.abs() for t in inputs], grad_output.abs())
+    are_few = h[..., 0].numel() * r < 64
     for index, (ours, theirs, truth) in enumerate(results):
         if not truth.any():
             assert not ours.any()
             continue
-        allowed = max(1.5 * error(theirs, truth), 2 * torch.finfo(ours.dtype).eps)
+        cancelled = ([size, *sizes][index].norm() / truth.norm()).item() if are_few else 1.0
+        allowed = max(1.5 * error(theirs, truth), 2 * torch.finfo(ours.dtype).eps * max(1.0, cancelled))
         if index == 2:  # `h` is recovered from the output, and some of its values lose their last bit
             allowed = max(allowed, torch.finfo(dtype).eps)
         assert error(ours, truth) <= allowed
