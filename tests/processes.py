@@ -1,5 +1,6 @@
 """Functions run in processes of their own, forked from one that has already imported what training needs."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -51,4 +52,5 @@ def _with_group(function: Callable, rank: int, size: int, folder: str, args: tup
     try:
         function(rank, *args)
     finally:
+        gc.collect()  # DDP's reducer must not be the last to refer to the group
         torch.distributed.destroy_process_group()
