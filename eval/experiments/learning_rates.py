@@ -338,7 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{missing} runs are still being made by other processes. The same command shows the results then.")
         return 0
     made = report(summarize(options.runs, options.rates, options.seeds, tasks))
-    write(made, options.output, "learning_rates", ["python", "-m", "trl_steer.eval.experiments.learning_rates"])
+    command = ["python", "-m", "trl_steer.eval.experiments.learning_rates", "--tasks", *options.tasks]
+    command += ["--rates", *(f"{rate:g}" for rate in options.rates), "--seeds", *map(str, options.seeds)]
+    write(made, options.output, "learning_rates", command)
     print(made.summary)
     return 0
 

@@ -142,6 +142,7 @@ def test_the_command_makes_each_run_once_and_reports(model, small, tmp_path, cap
     assert learning_rates.main([*arguments, "--tasks", small.name]) == 0
     assert [path.stat().st_mtime_ns for path in results] == before
     written = json.loads((tmp_path / "out" / "learning_rates.json").read_text())
+    assert written["command"].endswith(f"--tasks {small.name} --rates 0.001 0.1 --seeds 0 1")
     for name in ("default", "rms"):
         for rate, scores in written["tasks"][small.name]["scores"][name].items():
             for seed, score in zip((0, 1), scores, strict=True):
