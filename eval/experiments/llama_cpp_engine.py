@@ -3,8 +3,7 @@
 The library is that of the package `xllamacpp`, unmodified, and the declarations those of `llama_cpp_py_sync`, whose
 own library needs a newer glibc than many systems have. Both must be of nearly the same build of llama.cpp:
 
-    pip install cffi xllamacpp==2026.10.11549
-    pip install --no-deps llama-cpp-py-sync==0.11548
+    pip install xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
 """
 
 from __future__ import annotations
