@@ -339,8 +339,12 @@ def test_a_model_that_is_not_there_is_a_line(settings, tmp_path):
         runs.make(missing, tmp_path / "run")
 
 
+def command(run):
+    return shlex.split(run.command().replace("\\\n", ""))
+
+
 def options(run):
-    words = shlex.split(run.command())
+    words = command(run)
     assert words[:2] == ["lm_eval", "run"]
     return dict(zip(words[2::2], words[3::2], strict=True))
 
@@ -353,8 +357,7 @@ def test_the_command_names_what_was_scored(finished, model):
 
 
 def test_the_command_makes_lm_eval_generate_the_same_texts(finished, tmp_path, monkeypatch):
-    command = shlex.split(finished.command().replace("\\\n", ""))
-    monkeypatch.setattr(sys, "argv", [*command, "--output_path", str(tmp_path), "--log_samples"])
+    monkeypatch.setattr(sys, "argv", [*command(finished), "--output_path", str(tmp_path), "--log_samples"])
     cli_evaluate()
     (samples,) = tmp_path.rglob(f"samples_{TASK}_*.jsonl")
     chosen = finished.scores(TASK)["filter"]
