@@ -43,6 +43,8 @@ def load_model(args: Any, progress: Progress, adapter: str | None = None) -> tup
     name = args.model or _base_of(adapter)
     models.check(name)
     name = models.resolve(name, progress.note)
+    if adapter is not None:
+        _note_another_base(adapter, name, progress)
     _quiet()
     model, tokenizer = models.load_base(name, adapter, dtype=args.dtype, device=args.device)
     if adapter is not None:
@@ -213,6 +215,15 @@ def _base_of(adapter: str | None) -> str:
     if not base:
         raise ValueError(f"{adapter} does not name its base model. Pass --model.")
     return base
+
+
+def _note_another_base(adapter: str, name: str, progress: Progress) -> None:
+    """A model of the same shape is not an error: it may be the same model in another place, or a version of it."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if base and Path(base).resolve() != Path(name).resolve():
+        progress.note(f"{adapter} names {base} as its base model. It is loaded on {name}.")
 
 
 def _check_all_loaded(model: Any, adapter: str, header: dict[str, Any]) -> None:

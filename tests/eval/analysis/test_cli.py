@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -95,6 +96,15 @@ def test_an_adapter_is_compared_with_its_own_base(capsys, tmp_path):
     assert main(["analyze", "subspace-alignment", "--tuned", "low_rank", "--text", "texts.txt", "--k", "4"]) == 0
     found = json.loads((tmp_path / "analysis" / "subspace_alignment.json").read_text())
     assert [row["block"] for row in found["blocks"]] == [0, 1]
+
+
+@pytest.mark.parametrize("adapter", ["low_rank", "lora"])
+def test_an_adapter_on_a_model_that_it_does_not_name_is_noted(adapter, capfd):
+    shutil.copytree("model", "copy")
+    measure = ["analyze", "drift", "--adapter", adapter, "--text", "texts.txt", "--scaling", "1", "--model"]
+    for model, is_noted in (("model", False), ("copy", True)):
+        assert main([*measure, model]) == 0
+        assert ("as its base model. It is loaded on" in capfd.readouterr().out) == is_noted
 
 
 def test_the_same_command_gives_the_same_files(tmp_path):
