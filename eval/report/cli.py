@@ -27,17 +27,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer report") -> i
         action="store_true",
         help="add the paper's numbers, with differences recomputed (default: off)",
     )
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="rows that all others are compared with (default: those of full fine-tuning and LoRA)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report (default: off)")
     args = parser.parse_args(argv)
     try:
-        print(f"Wrote {report(args.folder, args.output, args.paper, args.overwrite)}.")
+        print(f"Wrote {report(args.folder, args.output, args.paper, args.overwrite, args.reference)}.")
     except (StudyError, RunError, ImportError, OSError, ValueError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
-def report(folder: Path, output: Path | None = None, paper: bool = False, overwrite: bool = False) -> Path:
+def report(
+    folder: Path,
+    output: Path | None = None,
+    paper: bool = False,
+    overwrite: bool = False,
+    references: Sequence[str] = (),
+) -> Path:
     """Writes the report of a study into a folder, all of it or nothing.
 
     Args:
@@ -45,6 +58,8 @@ def report(folder: Path, output: Path | None = None, paper: bool = False, overwr
         output (`Path`, *optional*): The folder for the report. Default: `report` in that of the study.
         paper (`bool`, defaults to `False`): Whether to add the paper's numbers.
         overwrite (`bool`, defaults to `False`): Whether to replace an existing report.
+        references (`Sequence[str]`, *optional*): The rows that all others are compared with. Default: those of full
+            fine-tuning and LoRA, or the first one without them.
 
     Returns:
         `Path`: The text of the report.
@@ -53,6 +68,7 @@ def report(folder: Path, output: Path | None = None, paper: bool = False, overwr
         StudyError: The study is invalid.
         RunError: `folder` is not that of a study, a run is damaged, or runs to be compared were evaluated on different
             examples.
+        ValueError: The study does not have one of `references`.
         FileExistsError: `output` has other files, or a report that is not to be replaced.
     """
     require("reproduce", "matplotlib", "scipy")
@@ -64,7 +80,7 @@ def report(folder: Path, output: Path | None = None, paper: bool = False, overwr
         raise FileExistsError(f"{output} exists and is not only a report. Choose another folder.")
     if names and not overwrite:
         raise FileExistsError(f"{output} has a report. Use --overwrite to replace it, or choose another folder.")
-    files = document.files(records.read(folder), paper)
+    files = document.files(records.read(folder), paper, references)
     with new_folder(output) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)

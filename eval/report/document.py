@@ -71,17 +71,19 @@ def is_ours(name: str) -> bool:
     return name in (REPORT, LATEX, RUNS) or pictures.is_ours(name)
 
 
-def files(record: Record, paper: bool) -> dict[str, bytes]:
+def files(record: Record, paper: bool, references: Sequence[str] = ()) -> dict[str, bytes]:
     """The files of the report by name. The same record gives the same files, but for the last columns of the CSV file.
 
     Args:
         record ([`Record`]): The study.
         paper (`bool`): Whether to add the paper's numbers.
+        references (`Sequence[str]`, *optional*): See [`Summary`].
 
     Raises:
         RunError: Two runs to be compared were evaluated on different examples.
+        ValueError: The study does not have one of `references`.
     """
-    summary = Summary(record)
+    summary = Summary(record, references)
     drawn = pictures.pictures(summary)
     sections = list(_sections(summary, list(drawn), paper))
     tables = [part for section in sections for part in section.latex()]

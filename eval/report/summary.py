@@ -75,10 +75,23 @@ class Summary:
 
     Args:
         record ([`Record`]): The study.
+        references (`Sequence[str]`, *optional*): The rows that all others are compared with. Default: those of full
+            fine-tuning and LoRA, or the first one without them.
+
+    Raises:
+        ValueError: The study does not have one of `references`.
     """
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record, references: Sequence[str] = ()):
         self.record = record
+        for name in references:
+            if name not in record.rows:
+                raise ValueError(f"There is no row {name!r} in this study. Its rows are: {', '.join(record.rows)}.")
+        self.references = (
+            list(dict.fromkeys(references))
+            or [*record.with_method(SFT), *record.with_method(LORA)]
+            or [*record.rows[:1]]
+        )
         self._scores = {
             (model, row, task): Score(record.of("test", model, row, task))
             for model in record.models
@@ -90,11 +103,6 @@ class Summary:
     def sft(self) -> str | None:
         """The row of full fine-tuning that differences refer to: the first one."""
         return next(iter(self.record.with_method(SFT)), None)
-
-    @property
-    def references(self) -> list[str]:
-        """The rows that all others are compared with: full fine-tuning and LoRA, or the first one without them."""
-        return [*self.record.with_method(SFT), *self.record.with_method(LORA)] or [*self.record.rows[:1]]
 
     def score(self, model: str, row: str, task: str) -> Score:
         return self._scores[model, row, task]

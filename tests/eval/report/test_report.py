@@ -155,14 +155,38 @@ def interval(low, high):
     return "-" if math.isnan(low) or math.isinf(low) else f"{one_digit(low, True)} to {one_digit(high, True)}"
 
 
-@pytest.mark.parametrize("reference", ["SFT", "LoRA r=8", "LoRA r=8, all"])
-def test_paired_tests(text, reference):
-    header, rows = table(text, f"Differences to {reference} on the same examples, in points.")
+REFERENCES, OTHERS = ["SFT", "LoRA r=8", "LoRA r=8, all"], ["vector", "r=8"]
+
+
+@pytest.fixture(scope="module")
+def of_others(study, tmp_path_factory):
+    """A report with other references."""
+    output = tmp_path_factory.mktemp("others") / "report"
+    assert cli.main(["report", str(study), "--output", str(output), "--reference", *OTHERS]) == 0
+    return (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_references_are_full_fine_tuning_and_lora_or_those_that_are_given(text, of_others):
+    for report, references in ((text, REFERENCES), (of_others, OTHERS)):
+        assert re.findall(r"^Differences to (.*) on the same examples", report, re.MULTILINE) == references
+
+
+def test_a_reference_that_is_no_row_is_a_line_with_the_rows(study, tmp_path, capsys):
+    assert cli.main(["report", str(study), "--output", str(tmp_path / "report"), "--reference", "ours"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"There is no row 'ours' in this study. Its rows are: {', '.join(ROWS)}.")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("reference", [*REFERENCES, *OTHERS])
+def test_paired_tests(text, of_others, reference):
+    report = of_others if reference in OTHERS else text
+    header, rows = table(report, f"Differences to {reference} on the same examples, in points.")
     assert header[3:] == ["Seeds", "Difference", "95%, examples", "95%, seeds", "p", "p, Holm"]
     names = [
         (model, task, row)
         for model, task, row in itertools.product(MODELS, TASKS, ROWS)
-        if row != reference and answers(model, row, task)
+        if row != reference and differences(model, row, reference, task)
     ]
     assert [tuple(row[:3]) for row in rows] == [(model, TITLES[task], row) for model, task, row in names]
     found = [differences(model, row, reference, task) for model, task, row in names]
