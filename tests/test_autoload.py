@@ -289,7 +289,13 @@ print("POST_BLOCK_STEERING" in peft.PeftType.__members__)
     assert run_python(code).stdout == "True\n"
 
 
-@pytest.mark.parametrize("damage", ['sys.modules["trl_steer"] = None', 'sys.modules["trl_steer.registration"] = None'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param('sys.modules["trl_steer"] = None', marks=pytest.mark.slow),
+        'sys.modules["trl_steer.registration"] = None',
+    ],
+)
 def test_broken_package_does_not_break_peft_if_warnings_are_errors(damage):
     code = f"import sys, warnings; {damage}; warnings.simplefilter('error', RuntimeWarning); import peft; print(peft)"
     ran = run_python(code)

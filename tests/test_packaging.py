@@ -106,6 +106,7 @@ def data_files(source: Path) -> set[str]:
         f"trl_steer/{path.relative_to(source)}"
         for folder in ("eval", "integrations")
         for path in (source / folder).rglob("*.yaml")
+        if source / "eval" / "results" not in path.parents  # exist only in a checkout
     }
 
 

@@ -109,10 +109,12 @@ ROWS = {
 }
 
 
-def cases(rows: tuple[str, ...] = tuple(ROWS), families: tuple[str, ...] | None = None) -> list:
-    """A row and a family each: all families of the rows, or those of `families`."""
+def cases(
+    rows: tuple[str, ...] = tuple(ROWS), families: tuple[str, ...] | None = None, slow: tuple[str, ...] = ()
+) -> list:
+    """A row and a family each: all families of the rows, or those of `families`. Those of `slow` are marked slow."""
     return [
-        pytest.param(row, family, id=f"{row}-{family}")
+        pytest.param(row, family, id=f"{row}-{family}", marks=[pytest.mark.slow] if family in slow else [])
         for row in rows
         for family in ROWS[row].families
         if families is None or family in families
@@ -123,6 +125,6 @@ over_rows = pytest.mark.parametrize("row", ROWS)
 over_cases = pytest.mark.parametrize(("row", "family"), cases())
 
 
-def over_rows_on(*families: str):
-    """All rows, on some of their families only."""
-    return pytest.mark.parametrize(("row", "family"), cases(families=families))
+def over_rows_on(*families: str, slow: tuple[str, ...] = ()):
+    """All rows, on some of their families only, of which some may be slow."""
+    return pytest.mark.parametrize(("row", "family"), cases(families=(*families, *slow), slow=slow))

@@ -216,6 +216,7 @@ def test_debug_shows_the_traceback(recipe, tmp_path):
         )
 
 
+@pytest.mark.slow  # test_num_processes_2_on_a_cpu_starts_two_processes takes the same way
 def test_sft_trains_under_accelerate_launch(recipe, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     module = ["-m", "trl_steer.integrations.trl.sft", "--config", str(recipe), "--output_dir", str(tmp_path)]

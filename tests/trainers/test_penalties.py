@@ -76,9 +76,9 @@ def recorded(kind, folder, callbacks=(), **arguments) -> Recorder:
     "arguments",
     [
         {"max_grad_norm": 0.0},
-        {"max_grad_norm": 1e-3},
+        pytest.param({"max_grad_norm": 1e-3}, marks=pytest.mark.slow),
         {"max_grad_norm": 1e-3, "gradient_accumulation_steps": 3},
-        {"max_grad_norm": 0.0, "gradient_accumulation_steps": 3},
+        pytest.param({"max_grad_norm": 0.0, "gradient_accumulation_steps": 3}, marks=pytest.mark.slow),
         {"max_grad_norm": 1e-3, "bf16": True, "gradient_accumulation_steps": 2},
     ],
     ids=["no clipping", "clipping", "clipping, accumulation", "accumulation", "bf16"],

@@ -37,7 +37,7 @@ def test_explicit_device_map_before_and_after_the_adapter(row, family):
     assert torch.equal(logits(base), logits(tiny_model(family)))
 
 
-@over_rows_on("llama", "gpt2", "mixtral", "falcon")
+@over_rows_on("llama", "gpt2", slow=("mixtral", "falcon"))
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("adapter_first", [True, False])
 def test_offloaded_models_give_equal_logits(row, family, where, adapter_first, tmp_path, request):

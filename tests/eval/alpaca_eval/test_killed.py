@@ -59,7 +59,7 @@ def kill_and_go_on(moment, folder, reference_folder, server):
     return sum(count - 2 for count in asked.values() if count > 2)  # each row once to generate and once to judge
 
 
-@pytest.mark.parametrize("part", [0.5, 0.75, 0.95])
+@pytest.mark.parametrize("part", [0.5, pytest.param(0.75, marks=pytest.mark.slow), 0.95])
 def test_run_after_a_kill_gives_the_same_result(part, undisturbed, reference_folder, tmp_path):
     wanted, seconds, server = undisturbed
     assert kill_and_go_on(part * seconds, tmp_path / "run", reference_folder, server) <= IN_FLIGHT

@@ -29,6 +29,7 @@ MERGING = [(base, row) for base, row in CASES if base in HAVE_BIAS or row == "lo
 REFUSED = [case for case in CASES if case not in MERGING]
 
 
+@pytest.mark.slow  # that of the sublayer sites takes the same way
 def test_merged_models_equal_the_steered_ones_in_a_process_without_trl_steer(tmp_path):
     inputs = {"input_ids": tiny_inputs()["input_ids"]}
     for base, row in MERGING:
