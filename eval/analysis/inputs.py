@@ -43,7 +43,7 @@ def load_model(args: Any, progress: Progress, adapter: str | None = None) -> tup
     name = args.model or _base_of(adapter)
     models.check(name)
     name = models.resolve(name, progress.note)
-    if adapter is not None:
+    if adapter is not None and args.model:
         _note_another_base(adapter, name, progress)
     _quiet()
     model, tokenizer = models.load_base(name, adapter, dtype=args.dtype, device=args.device)

@@ -1,6 +1,7 @@
 """GGUF files with an adapter inside: what llama.cpp computes, what is kept of the base model, what is refused."""
 
 import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny_gguf import gguf_model, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_steer import LoReftConfig, PostBlockSteeringConfig, SublayerSteeringConfig, set_scaling
-from trl_steer.eval.experiments.llama_cpp_engine import Engine, EngineMissingError, check_engine
+from trl_steer.eval.experiments.llama_cpp_engine import Engine
 from trl_steer.eval.experiments.llama_cpp_export import kept_bytes
 from trl_steer.integrations.export.progress import Progress
 from trl_steer.integrations.llama_cpp import calibration, inserted_blocks
@@ -27,12 +28,9 @@ IDS = list(range(3, 40))
 CONFIGS = {"low_rank": LOW_RANK, "silu": SILU, "vector": VECTOR, "joint": JOINT}
 TEXT = "Short.\n\nAnd ab: a second paragraph, 1, 2, 3!\n"
 
-try:
-    check_engine()
-    ENGINE = None
-except EngineMissingError as missing:
-    ENGINE = str(missing)
-needs_engine = pytest.mark.skipif(ENGINE is not None, reason=str(ENGINE))
+# Packages that are installed but do not fit together fail the tests.
+MISSING = [name for name in ("xllamacpp", "llama_cpp_py_sync") if importlib.util.find_spec(name) is None]
+needs_engine = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed")
 
 
 @pytest.fixture

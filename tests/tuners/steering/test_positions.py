@@ -64,7 +64,7 @@ def pair():
     return tiny_model("llama"), steer(tiny_model("llama"), "vector", positions="last_prompt")
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=batches(), positions=POSITIONS)
 def test_edited_tokens_are_those_that_a_reference_enumerates(pair, batch, positions):
     base, model = pair
