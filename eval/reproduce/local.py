@@ -1,5 +1,6 @@
 """The engine `local`: a pool of processes on this machine."""
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -45,12 +46,15 @@ class LocalEngine:
         # For the workers, which import PyTorch later.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
-        # CUDA cannot be used in a process that is forked from one that may have initialized it.
-        self._context: Any = multiprocessing.get_context("spawn" if self.gpus else "forkserver")
+        # CUDA cannot be used in a process that is forked from one that has initialized it. With this variable, imports
+        # that look for GPUs do not, but that of bitsandbytes does.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        self.forks = not (self.gpus and importlib.util.find_spec("bitsandbytes"))
+        self._context: Any = multiprocessing.get_context("forkserver" if self.forks else "spawn")
         self._running: dict[int, _Worker] = {}
 
     def __enter__(self) -> "LocalEngine":
-        if not self.gpus:
+        if self.forks:
             self._context.set_forkserver_preload(_PRELOADED)
             with output_to(self.folder / LOG):
                 forkserver.ensure_running()
