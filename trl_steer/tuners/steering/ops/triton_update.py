@@ -165,8 +165,11 @@ def _gradients(ctx, grad, implementation):
 
 
 class _EagerUpdate(torch.autograd.Function):
-    forward = staticmethod(_update)
-    setup_context = staticmethod(_save_for_backward)
+    @staticmethod
+    def forward(ctx, *inputs):  # not with `setup_context`, for which PyTorch would inspect a signature in each call
+        output = _update(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
