@@ -6,7 +6,7 @@ Low-rank steering has a cliff just above its best learning rate. Each variant of
 at rates over two decades, with several seeds, on SmolLM2-135M-Instruct in bfloat16, with adapters in float32. A run is
 one epoch with the schedule of `trl-steer sft`, and is scored on held-out examples. Finished runs are not repeated, so
 that rates and seeds can be added later, and several processes can share the work. The table and the picture are
-written at the end.
+written at the end. They also have the finished runs of variants that `--variants` does not name.
 """
 
 from __future__ import annotations
@@ -220,9 +220,16 @@ class _Gradients(TrainerCallback):
                 down.grad += 2 * self.variant.decay * (up.T @ up).detach() @ down.detach()
 
 
-def make(folder: Path, rates: Sequence[float], seeds: Sequence[int], tasks: Sequence[Task], model: str) -> int:
+def make(
+    folder: Path,
+    variants: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tasks: Sequence[Task],
+    model: str,
+) -> int:
     """Makes all runs that are not finished, nor being made by another process. Returns how many are not finished."""
-    grid = [(name, task, rate, seed) for seed in seeds for task in tasks for rate in rates for name in VARIANTS]
+    grid = [(name, task, rate, seed) for seed in seeds for task in tasks for rate in rates for name in variants]
     console = Console()
     console.start(1)
     console.step("runs")
@@ -246,22 +253,25 @@ def _path(folder: Path, name: str, task: Task, rate: float, seed: int) -> Path:
 
 def summarize(folder: Path, rates: Sequence[float], seeds: Sequence[int], tasks: Sequence[Task]) -> dict[str, Any]:
     """Scores by task, variant and rate, and the plateau of each: the rates around the best whose mean score is within
-    one standard error of the difference of two such means."""
+    one standard error of the difference of two such means. Of each variant, with the seeds that all its rates have."""
     summary: dict[str, Any] = {"seeds": [*seeds], "tasks": {}}
     for task in tasks:
-        scores = {
-            name: {
-                rate: [read_json(_path(folder, name, task, rate, seed) / RESULT)["score"] for seed in seeds]
-                for rate in rates
-            }
-            for name in VARIANTS
-        }
-        variances = [statistics.variance(found) for of in scores.values() for found in of.values()]
-        noise = math.sqrt(2 * statistics.fmean(variances) / len(seeds))
+        scores: dict[str, dict[float, list[float]]] = {}
+        for name in VARIANTS:
+            files = {rate: [_path(folder, name, task, rate, seed) / RESULT for seed in seeds] for rate in rates}
+            finished = [
+                column for column in zip(*files.values(), strict=True) if all(file.is_file() for file in column)
+            ]
+            if finished:
+                found = [[read_json(file)["score"] for file in column] for column in finished]
+                scores[name] = dict(zip(rates, map(list, zip(*found, strict=True)), strict=True))
+        several = [found for of in scores.values() for found in of.values() if len(found) > 1]
+        deviation = math.sqrt(statistics.fmean(map(statistics.variance, several))) if several else 0.0
+        noise = {name: deviation * math.sqrt(2 / len(of[rates[0]])) for name, of in scores.items()}
         summary["tasks"][task.name] = {
-            "noise": noise,
+            "deviation": deviation,
             "scores": {name: {f"{rate:g}": found for rate, found in of.items()} for name, of in scores.items()},
-            "plateaus": {name: _plateau(of, noise) for name, of in scores.items()},
+            "plateaus": {name: _plateau(of, noise[name]) for name, of in scores.items()},
         }
     return summary
 
@@ -278,8 +288,8 @@ def _plateau(scores: Mapping[float, Sequence[float]], noise: float) -> dict[str,
 def report(summary: dict[str, Any]) -> Report:
     """The results in words, as tables and as a picture."""
     parts = [
-        "Low-rank post-block steering of rank 8 on SmolLM2-135M-Instruct in bfloat16, with adapters in float32, "
-        f"{len(summary['seeds'])} seeds. The plateau is the range of tried rates around the best whose mean score is "
+        "Low-rank post-block steering of rank 8 on SmolLM2-135M-Instruct in bfloat16, with adapters in float32. "
+        "Scores are means over seeds. The plateau is the range of tried rates around the best whose mean score is "
         "within one standard error of a difference of two means."
     ]
     for task in TASKS:
@@ -288,16 +298,17 @@ def report(summary: dict[str, Any]) -> Report:
             continue
         rates = list(next(iter(found["scores"].values())))
         rows = []
-        for name, variant in VARIANTS.items():
+        for name, of in found["scores"].items():
             plateau = found["plateaus"][name]
-            means = [f"{statistics.fmean(found['scores'][name][rate]):.3f}" for rate in rates]
+            means = [f"{statistics.fmean(of[rate]):.3f}" for rate in rates]
             span = f"{plateau['low']:g} to {plateau['high']:g}"
-            rows.append((variant.title, *means, f"{plateau['score']:.3f}", span, f"{plateau['decades']:.1f}"))
+            best = (f"{plateau['score']:.3f}", span, f"{plateau['decades']:.1f}")
+            rows.append((VARIANTS[name].title, len(of[rates[0]]), *means, *best))
         what = "exactly right answers" if task.score == "answers" else "right tokens of completions"
         parts += [
             f"## {task.name}\n\n{task.train} training examples; the share of {what}, of {task.held_out} held-out "
-            f"examples. Standard error of a difference: {found['noise']:.3f}.",
-            table(("", *rates, "best", "plateau", "decades"), rows),
+            f"examples. Standard deviation over seeds: {found['deviation']:.3f}.",
+            table(("", "seeds", *rates, "best", "plateau", "decades"), rows),
         ]
     return Report("Learning rates of low-rank steering", summary, "\n\n".join(parts), _figure(summary))
 
@@ -324,6 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     names = [task.name for task in TASKS]
     parser.add_argument("--tasks", nargs="+", choices=names, default=names, help="the tasks")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the variants to train"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="random seeds")
     parser.add_argument("--model", default=EMBEDDED, help="Hub id or checkpoint folder")
@@ -333,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("eval/results"), help="folder for JSON, table and picture")
     options = parser.parse_args(arguments)
     tasks = [task for task in TASKS if task.name in options.tasks]
-    missing = make(options.runs, options.rates, options.seeds, tasks, resolve(options.model))
+    model = resolve(options.model)
+    missing = make(options.runs, options.variants, options.rates, options.seeds, tasks, model)
     if missing:
         print(f"{missing} runs are still being made by other processes. The same command shows the results then.")
         return 0

@@ -122,7 +122,7 @@ def test_plateaus_are_rates_within_noise_of_the_best(tmp_path):
                 path = learning_rates._path(tmp_path, name, LISTS, rate, seed)
                 write_json(path / learning_rates.RESULT, {"score": mean + deviation})
     found = learning_rates.summarize(tmp_path, rates, [0, 1], [LISTS])["tasks"][LISTS.name]
-    assert found["noise"] == pytest.approx(math.sqrt(2 * 0.0008 / 2))
+    assert found["deviation"] == pytest.approx(math.sqrt(0.0008))
     assert found["plateaus"]["default"] == pytest.approx(
         {"rate": 1e-3, "score": 0.3, "low": 1e-3, "high": 1e-3, "decades": 0}
     )
@@ -130,6 +130,25 @@ def test_plateaus_are_rates_within_noise_of_the_best(tmp_path):
         {"rate": 1e-3, "score": 0.3, "low": 1e-4, "high": 1e-2, "decades": 2}
     )
     assert found["plateaus"]["rms"]["decades"] == pytest.approx(2)
+
+
+def test_a_variant_counts_with_the_seeds_that_all_its_rates_have(tmp_path):
+    rates = [1e-3, 1e-2]
+    made = {"default": {1e-3: (0.3, 0.5), 1e-2: (0.2, 0.6)}, "rms": {1e-3: (0.3,), 1e-2: (0.29, 0.9)}}
+    for name, scores in {**made, "clip": {1e-3: (0.5,)}}.items():
+        for rate, of_seeds in scores.items():
+            for seed, score in enumerate(of_seeds):
+                path = learning_rates._path(tmp_path, name, LISTS, rate, seed)
+                write_json(path / learning_rates.RESULT, {"score": score})
+    summary = learning_rates.summarize(tmp_path, rates, [0, 1], [LISTS])
+    found = summary["tasks"][LISTS.name]
+    assert found["scores"] == {
+        "default": {"0.001": [0.3, 0.5], "0.01": [0.2, 0.6]},
+        "rms": {"0.001": [0.3], "0.01": [0.29]},
+    }
+    assert found["deviation"] == pytest.approx(math.sqrt((0.02 + 0.08) / 2))
+    assert found["plateaus"]["rms"]["decades"] == pytest.approx(1)
+    assert f"| {VARIANTS['rms'].title} | 1 | 0.300 |" in learning_rates.report(summary).summary
 
 
 def test_the_command_makes_each_run_once_and_reports(model, small, tmp_path, capsys):
