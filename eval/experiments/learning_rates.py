@@ -354,6 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     made = report(summarize(options.runs, options.rates, options.seeds, tasks))
     command = ["python", "-m", "trl_steer.eval.experiments.learning_rates", "--tasks", *options.tasks]
+    if options.variants != list(VARIANTS):
+        command += ["--variants", *options.variants]
     command += ["--rates", *(f"{rate:g}" for rate in options.rates), "--seeds", *map(str, options.seeds)]
     write(made, options.output, "learning_rates", command)
     print(made.summary)
