@@ -1,25 +1,24 @@
 """How the engine `local` starts its workers."""
 
-import multiprocessing
-
 import pytest
 import torch
 
-from trl_steer.eval.reproduce.local import _PRELOADED, LocalEngine
+from trl_steer.eval.reproduce.local import LocalEngine
 
 
-def use_gpu():
-    assert torch.ones(2, device="cuda").sum().item() == 2
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The variables that the engine sets are restored afterwards."""
+    for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU.")
-def test_a_worker_that_is_forked_after_our_imports_can_use_a_gpu(monkeypatch):
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    worker = context.Process(target=use_gpu)
-    worker.start()
-    worker.join()
+def test_a_worker_can_use_a_gpu_whether_it_is_forked_or_not(tmp_path):
+    with LocalEngine(tmp_path) as engine:
+        worker = engine._context.Process(target=torch.cuda.init)
+        worker.start()
+        worker.join()
     assert worker.exitcode == 0
 
 
@@ -29,6 +28,4 @@ def test_a_worker_that_is_forked_after_our_imports_can_use_a_gpu(monkeypatch):
 def test_workers_are_forked_unless_bitsandbytes_initializes_cuda(gpus, installed, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
-    for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "1")
     assert LocalEngine(tmp_path).forks == expected
