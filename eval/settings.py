@@ -76,9 +76,11 @@ class Settings:
         return cls(**{name: value for name, value in values.items() if name != "format"})
 
 
-def of_preset(preset: str, method: str, task: str, steering_type: str = "low_rank") -> dict[str, Any]:
-    """The fields `r`, `training`, `steering` and `lora` of [`Settings`] for a preset of `trl_steer.presets`."""
-    given = presets.settings(preset, method, task, steering_type).values
+def of_preset(
+    preset: str, method: str, task: str, steering_type: str = "low_rank", site: str | None = None
+) -> dict[str, Any]:
+    """The fields `r`, `training`, `steering` and `lora` of [`Settings`] for a preset, see [`presets.settings`]."""
+    given = presets.settings(preset, method, task, steering_type, site).values
     r = given.pop("steering_r", given.pop("lora_r", 8))
     given.pop("lora_r", None)
     made: dict[str, Any] = {"r": r, "training": {"max_length": None}, "steering": {}, "lora": {}}

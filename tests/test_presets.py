@@ -105,7 +105,7 @@ def test_preset_steerling_tunes_instructions_in_bf16_with_a_cosine():
     ("method", "rate"),
     [
         *[("low_rank", 2e-3), ("vector", 1e-2), ("lora", 1e-3), ("joint_orth", 1e-3), ("full", 1e-4)],
-        *[("loreft", 2e-3), ("lofit", 1e-2), ("jola", 5e-3)],
+        *[("loreft", 5e-4), ("lofit", 1e-2), ("jola", 5e-3)],
     ],
 )
 def test_preset_default_equals_the_settings_of_the_demo(method, rate):
@@ -154,6 +154,14 @@ def test_names_are_written_twice_for_the_type_checker_and_are_the_same():
 def test_the_type_of_steering_counts_only_where_there_are_several(method):
     for preset in PRESETS:
         assert settings(preset, method, steering_type="vector") == settings(preset, method)
+
+
+def test_loreft_has_a_rate_for_each_site():
+    found = {site: settings("default", "loreft", site=site).values for site in presets.SITES["loreft"]}
+    rates = {site: values["learning_rate"] for site, values in found.items()}
+    assert rates == {"post_block": 5e-4, "post_mlp": 2e-3}
+    assert settings("default", "loreft", site="post_block") == settings("default", "loreft")
+    assert settings("paper", "loreft", site="post_block") == settings("paper", "loreft")
 
 
 @pytest.mark.parametrize(("method", "steering_type"), [("lofit", "low_rank"), ("sublayer", "vector")])

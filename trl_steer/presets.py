@@ -177,7 +177,7 @@ _SETTINGS: dict[str, dict[str, Settings]] = {
         "low_rank": _joined(_given(learning_rate=2e-3), _FULL_SIZE),
         "vector": _joined(_given(learning_rate=1e-2), _FULL_SIZE),
         "sublayer": _joined(_given(learning_rate=2e-3, **_PAPER_SITE), _FULL_SIZE),
-        "loreft": _given(learning_rate=2e-3, site="post_block", positions="all"),
+        "loreft": _given(learning_rate=5e-4, site="post_block", positions="all"),
         "lofit": _given(learning_rate=1e-2),
         "jola": _given(learning_rate=5e-3),
         "lora": _joined(_given(learning_rate=1e-3), _LORA_HERE),
@@ -220,9 +220,15 @@ _WITH_VECTORS: dict[str, dict[str, Settings]] = {
     "paper": {"sublayer": _guess(_HIGH_GRID, learning_rate=5e-3)},
     "steerling": {},
 }
+# What is different at a site that is not the preset's own.
+_AT_SITE: dict[tuple[str, str, str | None], Settings] = {
+    ("default", "loreft", "post_mlp"): _given(learning_rate=2e-3),
+}
 
 
-def settings(preset: str, method: str, task: str | None = None, steering_type: str = "low_rank") -> Settings:
+def settings(
+    preset: str, method: str, task: str | None = None, steering_type: str = "low_rank", site: str | None = None
+) -> Settings:
     """
     The settings of a preset.
 
@@ -232,6 +238,7 @@ def settings(preset: str, method: str, task: str | None = None, steering_type: s
         task (`str`, *optional*): Name of a benchmark, which determines the number of epochs and the maximum length.
         steering_type (`str`, defaults to `"low_rank"`): The type of steering with `method="sublayer"` and joint
             training. Ignored for other methods.
+        site (`str`, *optional*): The site that is used instead of the preset's, of a method that has several.
 
     Raises:
         ValueError: There is no such preset, method or type.
@@ -246,6 +253,7 @@ def settings(preset: str, method: str, task: str | None = None, steering_type: s
     parts = [_ALWAYS, _BY_PRESET[preset], _SETTINGS[preset][method]]
     if steering_type == "vector":
         parts.append(_WITH_VECTORS[preset].get(method, _given()))
+    parts.append(_AT_SITE.get((preset, method, site), _given()))
     return _joined(*parts, _of_task(preset, method, task, steering_type))
 
 

@@ -245,7 +245,7 @@ class Study:
 
     def _of_preset(self, row: Row, task: Task) -> dict[str, Any]:
         steering_type = row.steering.get("steering_type", "low_rank")
-        return of_preset(row.preset or self.preset, row.method, task.name, steering_type)
+        return of_preset(row.preset or self.preset, row.method, task.name, steering_type, row.steering.get("site"))
 
     def _cell(self, stage: Stage, model: Model, task: Task, row: Row, rate: float, seed: int) -> Cell:
         settings = self.settings(stage, model, task, row, rate, seed)

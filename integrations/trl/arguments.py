@@ -128,7 +128,7 @@ class Request:
     def settings(self) -> presets.Settings:
         """The settings of the preset that were not given."""
         ours = self.ours
-        found = presets.settings(ours.preset, ours.method, ours.task, ours.steering_type)
+        found = presets.settings(ours.preset, ours.method, ours.task, ours.steering_type, self.given.get("site"))
         left_out = {*self.given, *self.unused()}
         return presets.Settings(
             {name: value for name, value in found.values.items() if name not in left_out},

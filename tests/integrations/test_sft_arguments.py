@@ -170,6 +170,14 @@ def test_every_argument_of_steering_reaches_the_configuration():
 
 
 @pytest.mark.parametrize(
+    ("given", "rate"),
+    [([], 5e-4), (["--site", "post_mlp"], 2e-3), (["--site", "post_mlp", "--learning_rate", "1e-3"], None)],
+)
+def test_loreft_has_the_rate_of_its_site(given, rate):
+    assert read(["--method", "loreft", *given]).settings().values.get("learning_rate") == rate
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (

@@ -140,6 +140,13 @@ def test_steering_and_reft_of_the_paper_have_no_schedule_and_others_have(name):
             assert steering["init_scale"] == 1e-3
 
 
+def test_a_default_rate_is_that_of_the_rows_site():
+    study = load("smollm2")
+    rates = {row.name: study.rates_of(replace(row, rates=()), study.tasks[0]) for row in study.rows}
+    assert rates["LoReFT r=8, post_block"] == (5e-4,)
+    assert rates["LoReFT r=8, post_mlp"] == (2e-3,)
+
+
 def test_rows_of_the_demo_have_its_settings():
     study = load("smollm2")
     study = replace(study, tasks=study.tasks[:1], rows=[replace(row, rates=()) for row in study.rows])
