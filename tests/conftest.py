@@ -1,5 +1,6 @@
 """No test reaches the network, and every test starts from the same random numbers."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,16 @@ if not torch.cuda.is_available():
 
 # Tiny matrices: a second thread costs more than it brings, and results depend on their number.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    # Libraries and thousands of tests stay until the end. To look for garbage among them took a quarter of the time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # so that libraries that look for leaks at the end find none
 
 
 @pytest.fixture(autouse=True)
