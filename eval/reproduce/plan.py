@@ -11,6 +11,7 @@ from trl_steer import presets
 from .. import models
 from ..settings import Settings
 from .results import Result, results_of
+from .shapes import SHAPES
 from .study import Cell, Study
 
 
@@ -53,19 +54,27 @@ def seconds_left(found: Sequence[Result], size: int) -> float | None:
     return left + (size - len(found)) * fmean(known[()])
 
 
-def trainable(settings: Settings) -> Trainable:
-    """The trainable parameters of a run, counted on the meta device from the configuration of its model.
+def configuration(model: str) -> Any:
+    """The configuration of a model: that of [`SHAPES`], or else that of its folder or the Hub.
 
     Raises:
-        OSError: The configuration cannot be read.
+        OSError: It cannot be read.
+        ValueError: transformers does not know its type.
     """
+    from transformers import AutoConfig
+
+    shape = SHAPES.get(models.HUB_ID if model == models.EMBEDDED else model)
+    return AutoConfig.from_pretrained(model) if shape is None else AutoConfig.for_model(**shape)
+
+
+def trainable(settings: Settings, config: Any) -> Trainable:
+    """The trainable parameters of a run on a model of this configuration, counted on the meta device."""
     import torch
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from ..training import peft_config
 
-    config = AutoConfig.from_pretrained(models.resolve(settings.model, lambda text: None))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     base, adapter = model.num_parameters(), peft_config(settings)
@@ -90,15 +99,22 @@ def describe(study: Study, folder: Path, workers: int) -> list[str]:
     unknown = False
     for model in study.models:
         lines += ["", f"{model.label} ({model.name}, {model.dtype})"]
+        try:
+            config = configuration(model.name)
+        except (OSError, ValueError):
+            config, unknown = None, True
         for row in study.rows:
             task = study.tasks[0]
             chosen = study.rates_of(row, task)
             settings = study.settings("test", model, task, row, chosen[0], 0)
-            try:
-                counted = "{:>13,} {:9.4%}".format(*trainable(settings))
-            except (OSError, ValueError):
-                counted, unknown = f"{'unknown':>13} {'':9}", True
-            lines.append(f"  {counted}  {row.name}: {row.method}, {', '.join(f'{rate:g}' for rate in chosen)}")
+            counted, why = f"{'unknown':>13} {'':9}", ""
+            if config is not None:
+                try:
+                    counted = "{:>13,} {:9.4%}".format(*trainable(settings, config))
+                except ValueError as error:
+                    counted, why = f"{'refused':>13} {'':9}", f": {' '.join(str(error).split())}"
+            rates_of_row = ", ".join(f"{rate:g}" for rate in chosen)
+            lines.append(f"  {counted}  {row.name}: {row.method}, {rates_of_row}{why}")
     if unknown:
         lines += ["", "Trainable parameters are unknown where the configuration of the model cannot be read."]
     guessed = [*study.guessed, *_guesses_of_presets(study)]

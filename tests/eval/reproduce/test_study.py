@@ -4,10 +4,10 @@ import re
 from dataclasses import replace
 
 import pages
-import paper_models
 import pytest
 import study_cases
 import yaml
+from transformers import AutoConfig
 
 from trl_steer.eval.demo import preset
 from trl_steer.eval.reproduce import cli, plan
@@ -16,6 +16,7 @@ from trl_steer.eval.reproduce.study import STUDIES, STUDY, StudyError, from_dict
 OURS = sorted(path.stem for path in STUDIES.glob("*.yaml"))
 TABLES = ("table1", "table2", "table4", "sites")
 MODELS = ("Llama-3.2-1B", "Gemma-3-1B", "Qwen3-4B", "Llama-3.1-8B")
+SIZES = (1_235_814_400, 999_885_952, 4_022_468_096, 8_030_261_248)
 # Trainable parameters on these models.
 COUNTS = {
     "LoRA r=8 (paper)": (5_636_096, 6_522_880, 16_515_072, 20_971_520),
@@ -28,16 +29,6 @@ COUNTS = {
     "LoFiT": (32_768, 26_624, 147_456, 131_072),
     "JoLA": (66_560, 53_456, 297_216, 264_192),
 }
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A folder in which the models of all studies are configurations without weights."""
-    folder = tmp_path_factory.mktemp("hub")
-    for name in OURS:
-        for model in load(name).models:
-            paper_models.save(folder / model.name, model.label)
-    return folder
 
 
 def all_cells(study):
@@ -59,10 +50,8 @@ def test_a_study_is_the_same_when_it_is_saved_and_loaded(name, tmp_path):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("sites", "smollm2") else name for name in OURS]
 )
-def test_a_dry_run_prints_every_row_with_its_parameters(name, hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(hub)
-    monkeypatch.setattr("trl_steer.eval.models.embedded_gguf", lambda: None)
-    monkeypatch.setattr("trl_steer.eval.models.HUB_ID", "embedded")
+def test_a_dry_run_prints_every_row_with_its_parameters(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     study = load(name)
     model = study.models[0].label
     assert cli.main([name, "--dry-run", "--models", model, "--output", str(tmp_path / "out")]) == 0
@@ -74,23 +63,37 @@ def test_a_dry_run_prints_every_row_with_its_parameters(name, hub, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unreachable_model_has_no_count(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["table1", "--dry-run", "--models", "Llama-3.2-1B", "--rows", "SFT"]) == 0
+def test_an_unreachable_model_has_no_count_and_is_asked_for_once(tmp_path, monkeypatch, capsys):
+    asked = []
+    read = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda model: asked.append(model) or read(model))
+    rows = [{**ROW, "name": name} for name in ("one", "another")]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**GOOD, "models": ["nobody/nothing"], "rows": rows}))
+    assert cli.main([str(tmp_path / "study.yaml"), "--dry-run", "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "unknown            SFT: full" in said
+    assert f"unknown            another: {ROW['method']}" in said
     assert "unknown where the configuration of the model cannot be read" in said
+    assert asked == ["nobody/nothing"]
 
 
-def test_trainable_parameters_are_those_of_the_paper(hub, monkeypatch):
-    monkeypatch.chdir(hub)
+def test_a_dry_run_says_why_a_row_cannot_be_made(tmp_path, capsys):
+    rows = [ROW, {"name": "deep", "method": "vector", "steering": {"layers_to_transform": [30]}}]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**GOOD, "models": ["embedded"], "rows": rows}))
+    assert cli.main([str(tmp_path / "study.yaml"), "--dry-run", "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^ *2,442,240   1.8156%  row: lora, ", said, re.MULTILINE)
+    assert re.search(r"^ *refused +deep: vector, 0.01: .*\b30\b", said, re.MULTILINE)
+
+
+def test_trainable_parameters_are_those_of_the_paper():
     cells = {}
     for study in (load("table1"), load("table2")):
         assert tuple(model.label for model in study.models) == MODELS
         cells |= {(cell.model, cell.row): cell.settings for cell in all_cells(replace(study, tasks=study.tasks[:1]))}
     assert {row for _, row in cells} == COUNTS.keys() | {"SFT"}
-    for row, counts in COUNTS.items():
-        assert tuple(plan.trainable(cells[model, row]).parameters for model in MODELS) == counts, row
+    for row, counts in {**COUNTS, "SFT": SIZES}.items():
+        found = [cells[model, row] for model in MODELS]
+        assert tuple(plan.trainable(of, plan.configuration(of.model)).parameters for of in found) == counts, row
 
 
 def test_a_dry_run_names_the_guesses_of_the_preset_that_the_rows_keep(tmp_path, monkeypatch, capsys):

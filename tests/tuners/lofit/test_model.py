@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import paper_models
 import pytest
 import torch
 from head_cases import BASES, NUM_HEADS, assert_equal, double_model, run, run_plainly, steered, tensors_of
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Dee
 from tuner_cases import HEADS
 
 from trl_steer import JolaConfig, LofitConfig, hotswap_adapter
+from trl_steer.eval.reproduce.shapes import SHAPES
 
 over_bases = pytest.mark.parametrize("base", BASES)
 
@@ -76,10 +76,10 @@ def test_a_new_adapter_is_close_to_the_base_model_and_not_it(row):
 
 # LoFiT's parameters and JoLA's
 COUNTS = {
-    "Llama-3.2-1B": (32_768, 66_560),
-    "Gemma-3-1B": (26_624, 53_456),
-    "Qwen3-4B": (147_456, 297_216),
-    "Llama-3.1-8B": (131_072, 264_192),
+    "meta-llama/Llama-3.2-1B": (32_768, 66_560),
+    "google/gemma-3-1b-pt": (26_624, 53_456),
+    "Qwen/Qwen3-4B": (147_456, 297_216),
+    "meta-llama/Llama-3.1-8B": (131_072, 264_192),
 }
 
 
@@ -88,7 +88,7 @@ def test_trainable_parameters_are_those_of_the_paper(name):
     lofit, jola = COUNTS[name]
     for config, expected in ((LofitConfig(), lofit), (JolaConfig(), jola)):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**paper_models.CONFIGS[name]))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]))
         assert get_peft_model(model, config).get_nb_trainable_parameters()[0] == expected
 
 
