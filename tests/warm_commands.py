@@ -4,6 +4,7 @@
 the process that waits, and ends with the exit status that it is told.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -99,6 +100,7 @@ def serve(path: str, checkout: str, options: str) -> None:
 
     stand_ins.replace_the_hub()
     stand_ins.find_few_tasks()
+    gc.freeze()  # no command looks for garbage among what they share
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
