@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from .runs import MARK, Settings
 
 
 def peft_config(settings: Settings) -> PeftConfig | None:
-    """The configuration of the adapter, `None` for full fine-tuning."""
+    """The configuration of the adapter, `None` for full fine-tuning.
+
+    Raises:
+        ValueError: The method does not have one of the fields in `steering` or `lora`.
+    """
+    _check_fields(settings)
     if settings.method == "full":
         return None
     common: dict[str, Any] = {"r": settings.r, "task_type": "CAUSAL_LM"}
@@ -28,6 +34,16 @@ def peft_config(settings: Settings) -> PeftConfig | None:
     if settings.method in presets.JOINT:
         lora = LoraConfig(**{**common, **settings.lora})  # without modules, all linear layers of the blocks
     return presets.peft_config(settings.method, lora, **{**common, **settings.steering})
+
+
+def _check_fields(settings: Settings) -> None:
+    has_lora, steers = settings.method in ("lora", *presets.JOINT), settings.method not in ("lora", "full")
+    of_steering = {part.name for part in fields(presets.steering_class(settings.method))} if steers else set()
+    of_lora = {part.name for part in fields(LoraConfig)} if has_lora else set()
+    for name, given, known in (("steering", settings.steering, of_steering), ("lora", settings.lora, of_lora)):
+        wrong = next((key for key in given if key not in known), None)
+        if wrong is not None:
+            raise ValueError(f"{name} of the method {settings.method} has no {wrong!r}.")
 
 
 def train(settings: Settings, model: str, checkpoints: Path, newest: Path | None, report: Report) -> None:

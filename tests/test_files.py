@@ -216,6 +216,14 @@ def test_removed_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkey
     assert seen[0][1] == ["one"]
 
 
+def test_of_a_removed_link_the_target_stays(tmp_path):
+    fill(tmp_path / "folder")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    files.remove(tmp_path / "link")
+    assert names(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["one"]
+
+
 def test_a_large_file_is_there_when_it_is_complete_and_not_before(tmp_path):
     path = tmp_path / "folder" / "file"
 

@@ -52,7 +52,7 @@ def remove(path: Path) -> None:
     """Removes a file or folder if it exists. It is renamed first, so that it is never incomplete under its name."""
     if path.exists():
         partial = path.rename(_partial(path))
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
 
 @contextmanager

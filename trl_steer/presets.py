@@ -303,18 +303,24 @@ def peft_config(method: str, lora: Any = None, **fields: Any) -> Any:
     from dataclasses import fields as fields_of
 
     from trl_steer.tuners.joint_steering import JointSteeringConfig
+
+    if method == "lora":
+        return lora
+    config_class = steering_class(method)
+    if method in STEERING_TYPES:
+        fields["steering_type"] = method
+    known = {field.name for field in fields_of(config_class)}
+    steering = config_class(**{name: value for name, value in fields.items() if name in known})
+    return JointSteeringConfig.from_parts(lora, steering) if method in JOINT else steering
+
+
+def steering_class(method: str) -> Any:
+    """The class of the configuration of steering of a method, which for joint training is that of its half."""
     from trl_steer.tuners.jola import JolaConfig
     from trl_steer.tuners.lofit import LofitConfig
     from trl_steer.tuners.loreft import LoReftConfig
     from trl_steer.tuners.post_block_steering import PostBlockSteeringConfig
     from trl_steer.tuners.sublayer_steering import SublayerSteeringConfig
 
-    if method == "lora":
-        return lora
     classes = {"sublayer": SublayerSteeringConfig, "loreft": LoReftConfig, "lofit": LofitConfig, "jola": JolaConfig}
-    config_class: Any = classes.get(method, PostBlockSteeringConfig)
-    if method in STEERING_TYPES:
-        fields["steering_type"] = method
-    known = {field.name for field in fields_of(config_class)}
-    steering = config_class(**{name: value for name, value in fields.items() if name in known})
-    return JointSteeringConfig.from_parts(lora, steering) if method in JOINT else steering
+    return classes.get(method, PostBlockSteeringConfig)

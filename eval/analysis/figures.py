@@ -55,6 +55,11 @@ def _style(series: int, marked: bool = True) -> dict[str, Any]:
     return style | ({"marker": MARKERS[(number + turn) % len(MARKERS)], "markersize": 3.5} if marked else {})
 
 
+def plain(text: str) -> str:
+    """A text whose dollar signs stand for themselves, and not for formulas between them."""
+    return text.replace("$", r"\$")
+
+
 def legend_above(axes: Any, columns: int = 2) -> None:
     """A legend that covers nothing."""
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
@@ -73,7 +78,7 @@ def legend_beside(figure: Any, panels: Sequence[Any], order: Sequence[str] = ())
         columns = math.ceil(len(named) / (height / 0.18))  # a line of 8 points, with the space between lines
         figure.set_size_inches(width + columns * (0.6 + 0.065 * max(map(len, named))), height)
         place = {"loc": "outside right center", "ncols": columns}
-        figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, **place)
+        figure.legend(named.values(), map(plain, named), frameon=False, fontsize=8, **place)
 
 
 def png(figure: Any) -> bytes:

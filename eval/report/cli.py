@@ -69,12 +69,14 @@ def report(
         RunError: `folder` is not that of a study, a run is damaged, or runs to be compared were evaluated on different
             examples.
         ValueError: The study does not have one of `references`.
-        FileExistsError: `output` has other files, or a report that is not to be replaced.
+        FileExistsError: `output` has other files, or a report that is not to be replaced, or is the working directory.
     """
     require("reproduce", "matplotlib", "scipy")
     from . import document, records
 
     output = folder / "report" if output is None else output
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise FileExistsError(f"The report would replace {output}, in which the command runs. Choose another folder.")
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
     if output.is_file() or not all(map(document.is_ours, names)):
         raise FileExistsError(f"{output} exists and is not only a report. Choose another folder.")
@@ -84,5 +86,5 @@ def report(
     with new_folder(output) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        remove(output)
+        remove(output.resolve())
     return output / document.REPORT

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from trl_steer.tasks.registry import BENCHMARKS
 
-from ..reproduce.results import CELLS, FAILED, Result, results
+from ..reproduce.results import Result, damage, results
 from ..reproduce.study import STUDY, Stage, load
 from ..runs import Run, RunError
 
@@ -127,10 +127,7 @@ def read(folder: Path) -> Record:
     if not (folder / STUDY).is_file():
         raise RunError(f"{folder} has no {STUDY}. Give the output folder of `trl-steer reproduce`.")
     study = load(folder / STUDY)
-    try:
-        made = [_cell(result, folder) for result in results(folder)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damage(folder, error) from error
+    made = [_cell(result, folder) for result in results(folder)]
     models, rows = [model.label for model in study.models], [row.name for row in study.rows]
     cells, tested = [cell for cell in made if cell.stage == "rates"], defaultdict(list)
     for cell in made:
@@ -165,23 +162,7 @@ def _finished(run: Run, task: str | None) -> dict[str, Any]:
         examples = [Example(str(row["id"]), str(row["target"]), bool(row["correct"])) for row in rows]
         training = dict(run.training)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run.folder} is damaged: {_brief(error)}. Remove it and run the study again.") from error
+        raise damage(run.folder, error) from error
     if task is not None and not examples:
         raise RunError(f"{run.folder} is damaged: it has no examples of {task}. Remove it and run the study again.")
     return {"state": "finished", "examples": examples, "training": training}
-
-
-def _damage(folder: Path, error: Exception) -> RunError:
-    """The error that names the first damaged run, or else the folder."""
-    for path in sorted((folder / CELLS).glob("*")):
-        run = Run(path)
-        try:
-            _finished(run, (run.settings or {}).get("task"))
-        except RunError as found:
-            return found
-    return RunError(f"{folder} is damaged: {_brief(error)}. Remove its folder {FAILED} and run the study again.")
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"it has no {text}" if isinstance(error, KeyError) else text or type(error).__name__

@@ -1,6 +1,7 @@
 """`trl-steer reproduce`: makes the runs of a study."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from trl_steer.files import FolderInUseError
 
 from ..analysis.arguments import positive
 from ..console import Console, output_to
+from ..runs import RunError
 from .driver import name_of, reproduce
 from .plan import describe, status
 from .results import results
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "trl-steer reproduce") -
         if arguments[:1] == ["status"]:
             return _status(arguments[1:], f"{prog} status")
         return _reproduce(arguments, prog)
-    except (StudyError, FolderInUseError, ImportError, OSError) as error:
+    except (StudyError, RunError, FolderInUseError, ImportError, OSError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
@@ -130,7 +132,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus",
-        type=float,
+        type=_share,
         metavar="SHARE",
         help="share of a GPU for each run, with --engine ray (default: 1 if the cluster has GPUs)",
     )
@@ -158,3 +160,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="only print the size of the study, the trainable parameters and the time that is left (default: off)",
     )
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < math.inf:
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive number, got {text!r}")
+    return share

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl_steer.extras import require
 
-from .study import Cell
+from .study import Cell, StudyError
 from .worker import Outcome, make_cell
 
 # What the workers of a running cluster need of the environment of the driver.
@@ -27,6 +27,7 @@ class RayEngine:
     Raises:
         ModuleNotFoundError: Ray is not installed.
         ConnectionError: There is no cluster at `RAY_ADDRESS`.
+        StudyError: Cells are to have a share of a GPU, and the cluster has none.
     """
 
     def __init__(self, folder: Path, workers: int | None = None, gpus: float | None = None):
@@ -56,6 +57,9 @@ class RayEngine:
             ray.init("local", **options, **_own_cluster(workers))
         found = ray.cluster_resources()
         share = (1.0 if found.get("GPU") else 0.0) if gpus is None else gpus
+        if share and not found.get("GPU"):
+            ray.shutdown()
+            raise StudyError(f"The Ray cluster has no GPU, of which each run would get {share:g}. Leave --gpus out.")
         room = int(found["GPU"] / share) if share else int(found.get("CPU", 1))
         self.workers = max(1, workers or room)
         # The driver submits a cell again whose worker has died, as it does in the other engine.

@@ -136,7 +136,9 @@ def _runs_in(folder: Path | None) -> dict[str, Run]:
     for path in sorted(folder.iterdir()) if folder is not None else ():
         run = Run(path)
         settings = run.settings
-        if settings is not None and run.is_finished(settings["task"], keep_weights=settings.get("keep_weights", True)):
+        if settings is not None and run.is_finished(
+            settings.get("task"), keep_weights=settings.get("keep_weights", True)
+        ):
             found[key_of(settings)] = run
     return found
 

@@ -44,7 +44,7 @@ def seconds_left(found: Sequence[Result], size: int) -> float | None:
     for result in found:
         if result.run is not None:
             for key in _kinds(result.cell):
-                known[key].append(_seconds(result))
+                known[key].append(result.seconds)
     if () not in known:
         return None
     left = 0.0
@@ -111,7 +111,7 @@ def describe(study: Study, folder: Path, workers: int) -> list[str]:
             if config is not None:
                 try:
                     counted = "{:>13,} {:9.4%}".format(*trainable(settings, config))
-                except ValueError as error:
+                except (TypeError, ValueError) as error:
                     counted, why = f"{'refused':>13} {'':9}", f": {' '.join(str(error).split())}"
             rates_of_row = ", ".join(f"{rate:g}" for rate in chosen)
             lines.append(f"  {counted}  {row.name}: {row.method}, {rates_of_row}{why}")
@@ -158,12 +158,6 @@ def _kinds(cell: Cell) -> tuple[tuple[str, ...], ...]:
 
 def _kind(result: Result) -> str:
     return "diverged" if result.failure is not None and result.failure.diverged else "failed"
-
-
-def _seconds(result: Result) -> float:
-    run: Any = result.run
-    task = result.cell.settings.task
-    return run.training["seconds"] + (run.scores(task).get("seconds", 0.0) if task is not None else 0.0)
 
 
 def _duration(seconds: float) -> str:

@@ -6,13 +6,13 @@ running/<hash>/       an unfinished one
 failed/<hash>.json    why a cell failed: `reason`, `attempts`, `diverged`
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trl_steer.files import read_json
 
-from ..runs import Run
+from ..runs import Run, RunError
 from .study import STUDY, Cell, Study, load
 
 CELLS, RUNNING, FAILED = "cells", "running", "failed"
@@ -51,8 +51,23 @@ class Result(NamedTuple):
     def accuracy(self) -> float | None:
         """The accuracy. 0 if training diverged, and `None` without a result or for a task that is not evaluated."""
         if self.run is not None and self.cell.settings.task is not None:
-            return self.run.scores(self.cell.settings.task)["accuracy"]
+            return self._number(lambda run, task: run.scores(task)["accuracy"])
         return 0.0 if self.failure is not None and self.failure.diverged else None
+
+    @property
+    def seconds(self) -> float:
+        """The time that training and evaluation took, of a finished cell."""
+        scoring = 0.0
+        if self.cell.settings.task is not None:
+            scoring = self._number(lambda run, task: run.scores(task).get("seconds", 0.0))
+        return self._number(lambda run, task: run.training["seconds"]) + scoring
+
+    def _number(self, of: Callable[[Any, Any], Any]) -> float:
+        run: Any = self.run
+        try:
+            return float(of(run, self.cell.settings.task))
+        except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+            raise damage(run.folder, error) from error
 
 
 def results(folder: Path) -> Iterator[Result]:
@@ -76,14 +91,21 @@ def results_of(study: Study, folder: Path) -> Iterator[Result]:
 
 
 def result_of(cell: Cell, folder: Path) -> Result:
-    """A cell with what the folder of a study has of it."""
+    """A cell with what the folder of a study has of it.
+
+    Raises:
+        RunError: The record of its failure is damaged.
+    """
     run = Run(folder / CELLS / cell.key)
     if run.folder.is_dir():
         return Result(cell, run, None)
+    file = folder / FAILED / f"{cell.key}.json"
     try:
-        return Result(cell, None, Failure(**read_json(folder / FAILED / f"{cell.key}.json")))
+        return Result(cell, None, Failure(**read_json(file)))
     except FileNotFoundError:
         return Result(cell, None, None)
+    except (TypeError, ValueError) as error:
+        raise damage(file, error) from error
 
 
 def best_rates(first: Sequence[Result]) -> dict[tuple[str, str, str], float]:
@@ -100,3 +122,10 @@ def best_rates(first: Sequence[Result]) -> dict[tuple[str, str, str], float]:
         if finished and all(result.run or result.failure for result in found):
             best[row] = min(finished)[1]
     return best
+
+
+def damage(path: Path, error: Exception) -> RunError:
+    """The error for a file or folder of a study that cannot be read."""
+    text = " ".join(str(error).split())
+    what = f"it has no {text}" if isinstance(error, KeyError) else text or type(error).__name__
+    return RunError(f"{path} is damaged: {what}. Remove it and run the study again.")

@@ -6,11 +6,12 @@ best one is then used for all seeds on test. Rows with a single rate skip the fi
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from trl_steer import presets
 from trl_steer.files import write_text
@@ -23,6 +24,14 @@ STUDY = "study.yaml"
 STUDIES = Path(__file__).resolve().parent / "studies"
 # Presets whose values are all those of a run. That of the authors' code has other splits and no end token.
 PRESETS = ("default", "paper")
+DTYPES = ("float32", "bfloat16", "float16")
+# What the fields of a study file hold, by the type, or by its origin.
+_HELD: dict[Any, tuple[Any, str]] = {
+    str: (str, "text; put it in quotes"),
+    Literal: (str, "text; put it in quotes"),
+    Mapping: (dict, "a mapping"),
+    Sequence: ((list, tuple), "a list"),
+}
 
 
 class StudyError(ValueError):
@@ -164,6 +173,17 @@ class Study:
                 raise StudyError(f"{self.name}: {what} must have different names, got {twice!r} twice.")
         if not self.seeds:
             raise StudyError(f"{self.name} has no seeds.")
+        if Path(self.name).name != self.name or self.name == "..":
+            raise StudyError(f"A study's name is that of its folder, got {self.name!r}.")
+        for where, seeds in (
+            (self.name, self.seeds),
+            *((f"{self.name}, {task.name}", task.seeds) for task in self.tasks),
+        ):
+            if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) or len({*seeds}) < len(seeds):
+                raise StudyError(f"{where}: expected seeds to be different integers from 0, got {[*seeds]}.")
+        for model in self.models:
+            if model.dtype not in DTYPES:
+                raise StudyError(f"{self.name}: no dtype {model.dtype!r}. Choose from {', '.join(DTYPES)}.")
         for row in self.rows:
             self._check(row)
 
@@ -183,6 +203,13 @@ class Study:
                 f"{self.name}, row {row.name!r}: {unscored} has no validation score to choose from "
                 f"{len(row.rates)} rates. Give one rate to a row."
             )
+
+        if len({*row.rates}) < len(row.rates) or not all(0 < rate < math.inf for rate in row.rates):
+            raise StudyError(
+                f"{self.name}, row {row.name!r}: expected rates to be different positive numbers, got {[*row.rates]}."
+            )
+        if row.r is not None and (type(row.r) is not int or row.r < 1):
+            raise StudyError(f"{self.name}, row {row.name!r}: expected r to be a positive integer, got {row.r!r}.")
 
     def rates_of(self, row: Row, task: Task) -> Sequence[float]:
         """The learning rates of a row, that of its preset if it gives none."""
@@ -319,7 +346,15 @@ def _expanded(entry: Any, where: str) -> Iterator[Any]:
         raise StudyError(f"{where}: expected grid to be a mapping of names to lists, got {grid!r}.")
     for values in product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        name = str(plain.get("name", "")).format(**{key: value or "linear" for key, value in chosen.items()})
+        try:
+            name = str(plain.get("name", "")).format(**{key: value or "linear" for key, value in chosen.items()})
+        except (AttributeError, LookupError, ValueError):
+            raise StudyError(
+                f"{where}: expected the name of a row with a grid to have {', '.join(f'{{{key}}}' for key in grid)}, "
+                f"got {plain['name']!r}."
+            ) from None
+        if not isinstance(plain.get("steering", {}), dict):
+            raise StudyError(f"{where}, {name!r}: expected steering to be a mapping, got {plain['steering']!r}.")
         steering = {key: value for key, value in chosen.items() if key != "r" and value is not None}
         row = {**plain, "name": name, "steering": {**plain.get("steering", {}), **steering}}
         yield {**row, "r": chosen["r"]} if "r" in chosen else row
@@ -328,6 +363,8 @@ def _expanded(entry: Any, where: str) -> Iterator[Any]:
 def _row(item: Any, where: str) -> Row:
     row = _part(Row, item, where)
     try:
+        if any(isinstance(rate, bool) for rate in row.rates):
+            raise TypeError
         return replace(row, rates=tuple(float(rate) for rate in row.rates))
     except (TypeError, ValueError):
         raise StudyError(
@@ -352,4 +389,13 @@ def _checked(kind: Any, values: Any, where: str) -> dict[str, Any]:
     if unknown or missing:
         wrong = f"unknown {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"
         raise StudyError(f"{where}: {wrong}. A {kind.__name__.lower()} has {', '.join(known)}.")
+    for name, value in values.items():
+        annotation: Any = known[name].type
+        held, words = _HELD.get(get_origin(annotation) or annotation, (object, ""))
+        if not isinstance(value, held):
+            raise StudyError(f"{where}: expected {name} to be {words}, got {value!r}.")
+        if get_args(annotation) == (str,) and not all(isinstance(item, str) for item in value):
+            raise StudyError(f"{where}: expected {name} to be a list of texts, got {value!r}.")
+        if name in ("name", "label", "title") and ("\0" in value or value.splitlines() != [value]):
+            raise StudyError(f"{where}: expected {name} to be one line of text, got {value!r}.")
     return dict(values)

@@ -51,17 +51,25 @@ def sweep(
 
     Returns:
         `dict[float, float | None]`: The scores by rate, in its order, `None` for rates that were stopped.
+
+    Raises:
+        OSError: The storage is damaged.
     """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder.resolve() / STORAGE}",
-        study_name=name,
-        direction="maximize",
-        pruner=optuna.pruners.PercentilePruner(KEPT_PERCENT, n_startup_trials=STARTUP),
-        load_if_exists=True,
-    )
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder.resolve() / STORAGE}",
+            study_name=name,
+            direction="maximize",
+            pruner=optuna.pruners.PercentilePruner(KEPT_PERCENT, n_startup_trials=STARTUP),
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        why = str(error).splitlines()[0]
+        raise OSError(f"{folder / STORAGE} is not the database of a sweep: {why}. Choose another folder.") from error
     complete, pruned = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     bounds = _rate(start, -LIMIT), _rate(start, LIMIT)
 

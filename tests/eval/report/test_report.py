@@ -359,6 +359,24 @@ def test_a_report_is_only_replaced_if_asked_and_other_files_never_are(study, wri
     assert (study / "study.yaml").is_file()
 
 
+def test_a_report_behind_a_link_is_replaced_where_it_is(study, written, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for more in ((), ("--overwrite",)):
+        assert cli.main(["report", str(study), "--paper", "--output", str(tmp_path / "link"), *more]) == 0
+        assert {file.name: file.read_bytes() for file in (tmp_path / "real").iterdir()} == written
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_report_never_replaces_the_folder_of_the_shell(study, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (".", ".."):
+        (line,) = failure(capsys, study, "--output", output)
+        assert line.endswith("in which the command runs. Choose another folder.")
+    assert [*(tmp_path / "here").iterdir()] == []
+
+
 def test_every_picture_of_the_report_is_shown(written, text):
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert sorted(shown) == sorted(name for name in written if name.endswith(".png"))

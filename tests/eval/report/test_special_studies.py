@@ -31,6 +31,16 @@ def test_report_does_not_name_the_folder_of_the_study(tmp_path):
         assert str(tmp_path) not in found
 
 
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    first, *others = studies.SMALL["rows"]
+    contents = {**studies.SMALL, "rows": [{**first, "name": "a$x$b"}, {**others[3], "name": "$_$"}, *others[:3]]}
+    folder = studies.write(
+        tmp_path / "study", contents, lambda cell: studies.TARGETS[cell.task], studies.TARGETS, studies.small_training
+    )
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report" / "parameters.png").is_file()
+
+
 def test_report_of_a_study_that_has_just_begun(tmp_path, capsys):
     folder = studies.write(tmp_path / "study", studies.SMALL, lambda cell: None, studies.TARGETS)
     assert cli.main(["report", str(folder), "--paper"]) == 0
@@ -142,10 +152,11 @@ def test_a_damaged_run_is_named(tmp_path, capsys, task, damage):
 @pytest.mark.parametrize("damage", ["{", "{}", "[]"])
 def test_a_damaged_record_of_a_failure_is_one_line(tmp_path, capsys, damage):
     folder = studies.small(tmp_path / "study")
-    sorted(folder.glob("failed/*.json"))[0].write_text(damage)
+    file = sorted(folder.glob("failed/*.json"))[0]
+    file.write_text(damage)
     (line,) = failure(capsys, folder)
-    assert line.endswith("Remove its folder failed and run the study again.")
-    assert str(folder) in line
+    assert line.startswith(f"trl-steer report: error: {file} is damaged: ")
+    assert line.endswith(". Remove it and run the study again.")
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import study_cases
 import tiny_runs
+import torch
 
 from trl_steer.eval.reproduce.results import CELLS, RUNNING, results
 from trl_steer.eval.reproduce.study import save
@@ -195,6 +196,19 @@ def test_a_cell_that_diverges_is_recorded_and_stops_nothing(study, tmp_path):
     assert [(result.accuracy is None, result.cell.rate) for result in results(tmp_path) if result.failure] == [
         (False, 1e60)
     ]
+
+
+def test_a_share_of_no_gpu_is_refused(study, tmp_path):
+    pytest.importorskip("ray")
+    if torch.cuda.is_available():
+        pytest.skip("There is a GPU.")
+    ran = subprocess.run(
+        [*command(study, tmp_path, "ray"), "--gpus", "0.5"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert ran.returncode == 1
+    (line,) = (line for line in ran.stderr.splitlines() if "error" in line)
+    assert line.endswith("The Ray cluster has no GPU, of which each run would get 0.5. Leave --gpus out.")
+    assert "Traceback" not in ran.stderr
 
 
 def test_all_rows_of_table_1_run_at_a_tiny_size(tmp_path):

@@ -6,7 +6,7 @@ import tiny_runs
 
 from trl_steer.eval import runs
 from trl_steer.eval.reproduce import cli, plan
-from trl_steer.eval.reproduce.results import best_rates, result_of, results
+from trl_steer.eval.reproduce.results import CELLS, FAILED, best_rates, result_of, results
 from trl_steer.eval.reproduce.study import StudyError, save
 
 ROW = ("tiny", "listops_synthetic", "Ours r=2")
@@ -98,6 +98,22 @@ def test_status_counts_cells_and_names_failures(study, tmp_path, capsys):
         f"tiny, listops_synthetic, Ours r=2, rate {rate}, seed 0" for rate in ("0.002", "0.005")
     ]
     assert all(line.endswith("No memory.") for line in said[3:])
+
+
+@pytest.mark.parametrize("file", ["training.json", "scores/steer_listops_synthetic_val.json", "failed"])
+@pytest.mark.parametrize("damage", ["{", "{}"])
+def test_a_damaged_record_is_one_line(file, damage, study, tmp_path, capsys):
+    first, second, _ = cells_of(study)
+    study_cases.finish(tmp_path, first, 0.1)
+    study_cases.fail(tmp_path, second)
+    damaged = tmp_path / CELLS / first.key
+    if file == "failed":
+        damaged = tmp_path / FAILED / f"{second.key}.json"
+    (damaged if file == "failed" else damaged / file).write_text(damage)
+    for argv in (["status", str(tmp_path)], [str(tmp_path / "study.yaml"), "--output", str(tmp_path), "--dry-run"]):
+        assert cli.main(argv) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"trl-steer reproduce: error: {damaged} is damaged: ")
 
 
 @pytest.mark.slow

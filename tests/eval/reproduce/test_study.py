@@ -77,12 +77,26 @@ def test_an_unreachable_model_has_no_count_and_is_asked_for_once(tmp_path, monke
 
 
 def test_a_dry_run_says_why_a_row_cannot_be_made(tmp_path, capsys):
-    rows = [ROW, {"name": "deep", "method": "vector", "steering": {"layers_to_transform": [30]}}]
+    rows = [
+        ROW,
+        {"name": "deep", "method": "vector", "steering": {"layers_to_transform": [30]}},
+        {"name": "elsewhere", "method": "low_rank", "steering": {"site": "post_mlp"}},
+        {"name": "steered", "method": "lora", "steering": {"scaling": 2.0}},
+        {"name": "misspelled", "method": "joint", "lora": {"lora_alfa": 3}},
+        {"name": "no blocks", "method": "vector", "steering": {"layers_to_transform": "abc"}},
+    ]
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**GOOD, "models": ["embedded"], "rows": rows}))
     assert cli.main([str(tmp_path / "study.yaml"), "--dry-run", "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^ *2,442,240   1.8156%  row: lora, ", said, re.MULTILINE)
     assert re.search(r"^ *refused +deep: vector, 0.01: .*\b30\b", said, re.MULTILINE)
+    for row, why in (
+        ("elsewhere: low_rank", "steering of the method low_rank has no 'site'."),
+        ("steered: lora", "steering of the method lora has no 'scaling'."),
+        ("misspelled: joint", "lora of the method joint has no 'lora_alfa'."),
+        ("no blocks: vector", "layers_to_transform must contain integers only, got 'abc' in 'abc'."),
+    ):
+        assert re.search(rf"^ *refused +{row}, .*: {re.escape(why)}$", said, re.MULTILINE)
 
 
 def test_trainable_parameters_are_those_of_the_paper():
@@ -217,6 +231,34 @@ BAD = {
     "no models": ({**GOOD, "models": []}, "has no models"),
     "rates that are no numbers": ({**GOOD, "rows": [{**ROW, "rates": ["fast"]}]}, "rates to be a list of numbers"),
     "an unknown entry of a row": ({**GOOD, "rows": [{**ROW, "rank": 8}]}, "unknown 'rank'. A row has name, method"),
+    "a name that is a number": ({**GOOD, "rows": [{**ROW, "name": 8}]}, "expected name to be text; put it in quotes"),
+    "a name of two lines": ({**GOOD, "rows": [{**ROW, "name": "a\nb"}]}, "expected name to be one line of text"),
+    "a title that is a number": ({**GOOD, "title": 7}, "expected title to be text"),
+    "a folder outside": ({**GOOD, "name": "../x"}, "A study's name is that of its folder"),
+    "models that are no list": ({**GOOD, "models": "embedded"}, "expected models to be a list, got 'embedded'"),
+    "an unknown dtype": ({**GOOD, "models": [{"name": "a/b", "dtype": "float12"}]}, "no dtype 'float12'. Choose"),
+    "training that is no mapping": ({**GOOD, "training": [1]}, "expected training to be a mapping"),
+    "a method that is a list": ({**GOOD, "rows": [{**ROW, "method": ["lora"]}]}, "expected method to be text"),
+    "guesses that are no texts": ({**GOOD, "guessed": [5]}, "expected guessed to be a list of texts"),
+    "seeds that are no list": ({**GOOD, "seeds": 3}, "expected seeds to be a list, got 3"),
+    "a seed twice": ({**GOOD, "seeds": [0, 0]}, "expected seeds to be different integers from 0, got [0, 0]"),
+    "a seed below 0": ({**GOOD, "tasks": [{"name": "boolq", "seeds": [-1]}]}, "x, boolq: expected seeds to be"),
+    "seeds in a list": ({**GOOD, "seeds": [[0]]}, "expected seeds to be different integers"),
+    "a rate twice": ({**GOOD, "rows": [{**ROW, "rates": [1e-3, 1e-3]}]}, "expected rates to be different positive"),
+    "a rate of 0": ({**GOOD, "rows": [{**ROW, "rates": [0]}]}, "expected rates to be different positive numbers"),
+    "a rate in words": ({**GOOD, "rows": [{**ROW, "rates": "123"}]}, "expected rates to be a list"),
+    "a rank that is no number": (
+        {**GOOD, "rows": [{**ROW, "r": "8"}]},
+        "expected r to be a positive integer, got '8'",
+    ),
+    "a grid that its names lack": (
+        {**GOOD, "rows": [{**ROW, "name": "r={rank}", "grid": {"r": [1, 2]}}]},
+        "expected the name of a row with a grid to have {r}, got 'r={rank}'",
+    ),
+    "a grid beside no mapping": (
+        {**GOOD, "rows": [{**ROW, "name": "r={r}", "steering": None, "grid": {"r": [1]}}]},
+        "expected steering to be a mapping, got None",
+    ),
     "a grid without lists": ({**GOOD, "rows": [{**ROW, "grid": {"r": 8}}]}, "expected grid to be"),
     "rates to choose from without a score": (
         {**GOOD, "tasks": ["alpaca"], "rows": [{**ROW, "rates": [1e-4, 2e-4]}]},

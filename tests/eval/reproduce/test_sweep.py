@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trl_steer.eval.reproduce.find_lr import sentence
-from trl_steer.eval.reproduce.sweep import next_rate, recommend, sweep
+from trl_steer.eval.reproduce.sweep import STORAGE, next_rate, recommend, sweep
 
 START = 2e-3
 
@@ -87,6 +87,12 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path):
     assert sweep(second, tmp_path, "toy", START, lambda rate: None) == whole
     assert first.tried + second.tried == toy.tried
     assert sweep(None, tmp_path, "toy", START, lambda rate: None) == whole
+
+
+def test_a_damaged_database_is_said_to_be_one(tmp_path):
+    (tmp_path / STORAGE).write_text("junk")
+    with pytest.raises(OSError, match=r"sweep\.db is not the database of a sweep: .*Choose another folder"):
+        sweep(Toy(START, 1.0), tmp_path, "toy", START, lambda rate: None)
 
 
 def test_the_plateau_is_what_scores_as_well_up_to_the_noise():
