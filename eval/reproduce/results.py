@@ -111,16 +111,19 @@ def result_of(cell: Cell, folder: Path) -> Result:
 def best_rates(first: Sequence[Result]) -> dict[tuple[str, str, str], float]:
     """The best rate by model, task and row: that of the highest accuracy, the lowest one if several have it.
 
-    A row is left out while a cell is unfinished, and if no cell was finished without diverging.
+    A row is left out while a cell is unfinished, and if all cells failed. Diverged ones count as 0, so that a row that
+    diverged at all rates is tested with the lowest one.
     """
     by_row: dict[tuple[str, str, str], list[Result]] = {}
     for result in first:
         by_row.setdefault((result.cell.model, result.cell.task, result.cell.row), []).append(result)
     best = {}
     for row, found in by_row.items():
-        finished = [(-(result.accuracy or 0.0), result.cell.rate) for result in found if result.run is not None]
-        if finished and all(result.run or result.failure for result in found):
-            best[row] = min(finished)[1]
+        scored = [
+            (-result.accuracy, result.run is None, result.cell.rate) for result in found if result.accuracy is not None
+        ]
+        if scored and all(result.run or result.failure for result in found):
+            best[row] = min(scored)[2]
     return best
 
 

@@ -119,10 +119,18 @@ def test_a_cell_that_diverges_is_never_tried_again(tmp_path):
     assert (diverged.accuracy, diverged.failure.diverged) == (0.0, True)
 
 
-def test_a_row_without_any_finished_rate_has_no_second_stage(tmp_path):
-    engine, told, _ = made(tmp_path, lambda cell, attempt: "diverged" if cell.row == "SFT" else 0.5)
+def test_a_row_that_diverges_at_every_rate_is_tested_with_the_lowest_and_counts_as_the_worst(tmp_path):
+    _, told, found = made(tmp_path, lambda cell, attempt: "diverged" if cell.row == "SFT" else 0.5)
+    tested = [result for result in found if (result.cell.stage, result.cell.row) == ("test", "SFT")]
+    lowest = min(result.cell.rate for result in found if result.cell.row == "SFT")
+    assert {(result.cell.rate, result.accuracy) for result in tested} == {(lowest, 0.0)}
+    assert told.ends == ["18 finished, 6 diverged"]
+
+
+def test_a_row_whose_rates_all_fail_has_no_second_stage(tmp_path):
+    engine, told, _ = made(tmp_path, lambda cell, attempt: "No memory." if cell.row == "SFT" else 0.5)
     assert {cell.row for cell in engine.made if cell.stage == "test"} == {"Ours r=2", "Ours (1-vec)", "LoRA r=2"}
-    assert told.ends == ["18 finished, 3 diverged"]
+    assert told.ends == ["18 finished, 3 failed"]
 
 
 def test_a_worker_whose_folder_is_not_shared_is_named(tmp_path):
