@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import study_cases
 import tiny_runs
-import torch
 
 from trl_steer.eval.reproduce.results import CELLS, RUNNING, results
 from trl_steer.eval.reproduce.study import save
@@ -19,12 +18,8 @@ from trl_steer.eval.runs import Run
 from trl_steer.files import read_json
 
 pytestmark = pytest.mark.slow
-ENGINES = [
-    "local",
-    pytest.param(
-        "ray", marks=pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed.")
-    ),
-]
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed.")
+ENGINES = ["local", pytest.param("ray", marks=needs_ray)]
 OTHER = {"local": "ray", "ray": "local"}
 
 
@@ -198,13 +193,11 @@ def test_a_cell_that_diverges_is_recorded_and_stops_nothing(study, tmp_path):
     ]
 
 
+@needs_ray
 def test_a_share_of_no_gpu_is_refused(study, tmp_path):
-    pytest.importorskip("ray")
-    if torch.cuda.is_available():
-        pytest.skip("There is a GPU.")
-    ran = subprocess.run(
-        [*command(study, tmp_path, "ray"), "--gpus", "0.5"], capture_output=True, text=True, env=ENVIRONMENT
-    )
+    main = [*command(study, tmp_path, "ray"), "--gpus", "0.5"]
+    hidden = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}  # whatever this machine has
+    ran = subprocess.run(main, capture_output=True, text=True, env=hidden)
     assert ran.returncode == 1
     (line,) = (line for line in ran.stderr.splitlines() if "error" in line)
     assert line.endswith("The Ray cluster has no GPU, of which each run would get 0.5. Leave --gpus out.")
